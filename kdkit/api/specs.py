@@ -1,0 +1,199 @@
+"""Specs: what a plugin says about each component. Data, not call-backs: validating never builds one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Final, Generic, Literal, TypeVar
+
+from kdkit.api.artifacts import Artifact
+from kdkit.api.params import Params
+from kdkit.api.protocols import (
+    BuildContext,
+    DatasetLoader,
+    Metric,
+    Quantizer,
+    Reward,
+    RolloutEngine,
+    RolloutModel,
+    RunInfo,
+    Sandbox,
+    StageContext,
+    StageOutputs,
+    Teacher,
+    Tracker,
+)
+
+__all__ = [
+    "KINDS",
+    "DatasetSpec",
+    "LossSpec",
+    "MetricSpec",
+    "QuantizerSpec",
+    "RewardSpec",
+    "RolloutSpec",
+    "SandboxSpec",
+    "Spec",
+    "StageSpec",
+    "TeacherSpec",
+    "TrackerSpec",
+]
+
+P = TypeVar("P", bound=Params)
+NAME: Final = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spec(Generic[P]):
+    """What every component declares.
+
+    Attributes:
+        name: kebab-case, unique within its kind and distribution.
+        summary: One line of at most 80 characters for ``kdkit plugins list``.
+        params: The parameter model; its module must not import torch.
+        extras: pip extras of the plugin's distribution that the component needs.
+        version: Raise it when the same parameters produce something else, so that cached results are not reused.
+    """
+
+    kind: ClassVar[str] = ""
+    name: str
+    summary: str
+    params: type[P]
+    extras: tuple[str, ...] = ()
+    version: int = 1
+
+    def __post_init__(self) -> None:
+        if not NAME.fullmatch(self.name):
+            raise ValueError(f"component name {self.name!r} is not kebab-case")
+        if not (isinstance(self.params, type) and issubclass(self.params, Params)):
+            raise TypeError(f"params of {self.name!r} must be a subclass of kdkit.Params")
+        if not 0 < len(self.summary) <= 80 or "\n" in self.summary:
+            raise ValueError(f"summary of {self.name!r} must be one line of 1 to 80 characters")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossSpec(Spec[P]):
+    """A loss. ``build`` returns the protocol that ``loss_kind`` names.
+
+    Attributes:
+        loss_kind: ``token``, ``policy``, ``representation`` or ``aligned``.
+        needs: Teacher signals the loss accepts; empty when it needs no teacher.
+    """
+
+    kind: ClassVar[str] = "loss"
+    build: Callable[[P], Any]
+    loss_kind: Literal["token", "policy", "representation", "aligned"] = "token"
+    needs: frozenset[Literal["logits", "topk"]] = frozenset()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardSpec(Spec[P]):
+    """A reward with the range its values stay in."""
+
+    kind: ClassVar[str] = "reward"
+    build: Callable[[P, BuildContext], Reward]
+    range: tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DatasetSpec(Spec[P]):
+    """A dataset loader; ``rows`` says what its examples carry."""
+
+    kind: ClassVar[str] = "dataset"
+    build: Callable[[P], DatasetLoader]
+    rows: Literal["messages", "prompt-completion", "prompt-only"] = "prompt-completion"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherSpec(Spec[P]):
+    """A teacher and what it can give."""
+
+    kind: ClassVar[str] = "teacher"
+    build: Callable[[P, BuildContext], Teacher]
+    gives: frozenset[Literal["logits", "topk", "text"]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizerSpec(Spec[P]):
+    """A quantizer."""
+
+    kind: ClassVar[str] = "quantizer"
+    build: Callable[[P], Quantizer]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MetricSpec(Spec[P]):
+    """A metric.
+
+    Attributes:
+        higher_is_better: Direction, for reports and best checkpoints.
+        needs: ``completion`` (generated answers), ``nll`` and ``teacher-kl`` (teacher-forced passes).
+        unit: Shown in the report's header, such as ``0-100`` or ``nats/token``.
+    """
+
+    kind: ClassVar[str] = "metric"
+    build: Callable[[P], Metric]
+    higher_is_better: bool
+    needs: frozenset[Literal["completion", "nll", "teacher-kl"]] = frozenset({"completion"})
+    unit: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageSpec(Spec[P]):
+    """A stage of the pipeline.
+
+    Attributes:
+        run: Does the work; imports what is heavy inside.
+        outputs: Name to artifact type.
+        launch: ``worker`` runs in a process of its own, so that memory is returned; ``inline`` in the parent.
+        check: Problems that parameters alone show, as ``(parameter path, message)``; must not import torch.
+    """
+
+    kind: ClassVar[str] = "stage"
+    run: Callable[[P, StageContext], StageOutputs]
+    outputs: Mapping[str, type[Artifact]] = field(default_factory=dict)
+    launch: Literal["worker", "inline"] = "worker"
+    check: Callable[[P], list[tuple[tuple[str | int, ...], str]]] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutSpec(Spec[P]):
+    """A rollout engine."""
+
+    kind: ClassVar[str] = "rollout"
+    build: Callable[[P, BuildContext, RolloutModel], RolloutEngine]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrackerSpec(Spec[P]):
+    """A tracker."""
+
+    kind: ClassVar[str] = "tracker"
+    build: Callable[[P, RunInfo], Tracker]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SandboxSpec(Spec[P]):
+    """A sandbox."""
+
+    kind: ClassVar[str] = "sandbox"
+    build: Callable[[P], Sandbox]
+
+
+KINDS: Final[Mapping[str, type[Spec[Any]]]] = {
+    cls.kind: cls
+    for cls in (
+        LossSpec,
+        RewardSpec,
+        DatasetSpec,
+        TeacherSpec,
+        QuantizerSpec,
+        MetricSpec,
+        StageSpec,
+        RolloutSpec,
+        TrackerSpec,
+        SandboxSpec,
+    )
+}
+"""Component kind to its spec class, in the order of ``kdkit plugins list``."""
