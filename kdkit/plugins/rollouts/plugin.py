@@ -1,0 +1,39 @@
+"""Built-in rollout engines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
+
+from kdkit.api import Params, Precision, RolloutSpec, Runtime, hookimpl
+
+if TYPE_CHECKING:
+    from kdkit.api import BuildContext, RolloutEngine, RolloutModel
+
+
+class TransformersRolloutParams(Params):
+    """Generation with transformers in this process."""
+
+    batch_size: Annotated[int, Runtime(), Field(ge=1)] = 16
+    """Prompts decoded together."""
+    precision: Precision = "auto"
+    """Matrix products in bf16 or fp32 when the engine loads the model itself."""
+
+
+def _transformers(params: TransformersRolloutParams, ctx: BuildContext, model: RolloutModel) -> RolloutEngine:
+    from kdkit.plugins.rollouts.transformers_engine import TransformersRollouts
+
+    return TransformersRollouts(params, ctx, model)
+
+
+@hookimpl
+def kdkit_rollouts() -> Iterator[RolloutSpec[Any]]:
+    """The rollout engines."""
+    yield RolloutSpec(
+        name="transformers",
+        summary="Batched generate() with a KV cache in this process",
+        params=TransformersRolloutParams,
+        build=_transformers,
+    )

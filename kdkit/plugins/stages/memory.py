@@ -1,0 +1,52 @@
+"""Peak memory of a stretch of work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+import torch
+
+__all__ = ["PeakMemory"]
+
+_STATUS: Final = Path("/proc/self/status")
+_RESET: Final = Path("/proc/self/clear_refs")
+
+
+class PeakMemory:
+    """Context manager; ``peak_bytes`` is the device's allocated peak, or the process's resident peak on a CPU.
+
+    None where the system cannot reset its peak counter: a peak that belongs to earlier work would be worse than none.
+    """
+
+    def __init__(self, device: str) -> None:
+        self._cuda = device.startswith("cuda")
+        self._resets = False
+        self.peak_bytes: int | None = None
+
+    def __enter__(self) -> Self:
+        if self._cuda:
+            torch.cuda.reset_peak_memory_stats()
+            return self
+        try:
+            _RESET.write_text("5", encoding="ascii")
+            self._resets = True
+        except OSError:
+            self._resets = False
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._cuda:
+            self.peak_bytes = int(torch.cuda.max_memory_allocated())
+        elif self._resets:
+            self.peak_bytes = _high_water_mark()
+
+
+def _high_water_mark() -> int | None:
+    for line in _STATUS.read_text(encoding="ascii").splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return None

@@ -1,0 +1,163 @@
+"""The training stages: load, encode, train with the shared loop, save."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kdkit.api.artifacts import Model
+from kdkit.api.errors import ModelError
+from kdkit.models.card import ModelCard, render_card
+from kdkit.models.chat import ChatEncoder
+from kdkit.models.heads import verify_split
+from kdkit.models.load import check_same_vocabulary, load_model, load_tokenizer, pad_id, vocabulary
+from kdkit.models.save import read_provenance, save_model
+from kdkit.train.encoding import encode_rows
+from kdkit.train.loop import Task, TrainResult, train
+from kdkit.train.objective import LossTerm
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from kdkit.api import StageContext, Teacher, Weighted
+    from kdkit.api.protocols import DatasetLoader, StageOutputs
+    from kdkit.models.chat import Encoded
+    from kdkit.plugins.stages.plugin import DistillParams, SftParams
+    from kdkit.train.params import TrainParams
+
+__all__ = ["run_distill", "run_sft"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Student:
+    """The model to train, with what belongs to it."""
+
+    artifact: Model
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+def run_sft(params: SftParams, ctx: StageContext) -> StageOutputs:
+    """Train on answers alone."""
+    return _train(params, ctx, _load(params.model, ctx), teacher=None, method="supervised fine-tuning")
+
+
+def run_distill(params: DistillParams, ctx: StageContext) -> StageOutputs:
+    """Train on the teacher's distributions.
+
+    Raises:
+        ModelError: Teacher and student have different vocabularies.
+    """
+    student = _load(params.model, ctx)
+    teacher = ctx.build(params.teacher)
+    try:
+        return _train(params, ctx, student, teacher=teacher, method="knowledge distillation")
+    finally:
+        teacher.close()
+
+
+def _load(ref: Any, ctx: StageContext) -> _Student:
+    artifact: Model = ctx.resolve(ref)
+    tokenizer = load_tokenizer(artifact)
+    model = load_model(artifact, dtype=torch.float32, train=True)
+    verify_split(model)
+    return _Student(artifact, model, tokenizer)
+
+
+def _train(
+    params: TrainParams, ctx: StageContext, student: _Student, *, teacher: Teacher | None, method: str
+) -> StageOutputs:
+    shared = None
+    if teacher is not None:
+        shared = check_same_vocabulary(vocabulary(student.tokenizer, student.model), teacher.vocabulary)
+    encoder = ChatEncoder(student.tokenizer)
+    task = Task(
+        model=student.model,
+        terms=_terms(params, ctx, shared),
+        data=[_encode(component, encoder, params, ctx) for component in params.data],
+        weights=[component.weight for component in params.data],
+        pad_id=pad_id(student.tokenizer),
+        held_out=_held_out(params, encoder, ctx),
+        signals=teacher.signals if teacher is not None else None,
+    )
+    precision = ctx.precision(params.precision)
+    result = train(task, params, ctx, compute=torch.bfloat16 if precision == "bf16" else torch.float32)
+    _stop_where_trained(student.model, encoder)
+    return {"model": _save(params, ctx, student, result, precision=precision, method=method)}
+
+
+def _terms(params: TrainParams, ctx: StageContext, shared: int | None) -> list[LossTerm]:
+    return [
+        LossTerm(
+            name=loss.name,
+            weight=loss.weight,
+            loss=ctx.build(loss),
+            # Only a divergence is confined to the entries both models have; a likelihood sees every entry.
+            vocabulary=shared if loss.found.spec.needs else None,  # type: ignore[attr-defined]
+        )
+        for loss in params.losses
+    ]
+
+
+def _encode(
+    component: Weighted[DatasetLoader], encoder: ChatEncoder, params: TrainParams, ctx: StageContext
+) -> list[Encoded]:
+    rows = ctx.load(component)
+    return encode_rows(
+        rows.examples,
+        encoder,
+        max_length=params.max_length,
+        overlong=params.overlong,
+        log=ctx.log,
+        name=f"dataset {component.name}",
+    )
+
+
+def _held_out(params: TrainParams, encoder: ChatEncoder, ctx: StageContext) -> Sequence[Encoded]:
+    rows = [row for component in params.eval_data or () for row in _encode(component, encoder, params, ctx)]
+    return rows[: params.eval_rows] if params.eval_rows else rows
+
+
+def _stop_where_trained(model: PreTrainedModel, encoder: ChatEncoder) -> None:
+    """Let ``generate`` stop at the end token that was trained, whatever the base model stopped at."""
+    config: Any = model.generation_config
+    before = config.eos_token_id
+    known = list(before) if isinstance(before, list) else [] if before is None else [before]
+    config.eos_token_id = list(dict.fromkeys([*known, *encoder.stop_ids()]))
+
+
+def _save(
+    params: TrainParams, ctx: StageContext, student: _Student, result: TrainResult, *, precision: str, method: str
+) -> Model:
+    before = read_provenance(student.artifact.path)
+    facts = {
+        "method": method,
+        "losses": {loss.name: loss.weight for loss in params.losses},
+        "steps": result.steps,
+        "skipped_steps": result.skipped,
+        "best_step": result.best_step,
+        "learned_tokens": result.tokens,
+        "trained_tokens": int(before.get("trained_tokens", 0)) + result.tokens,
+        "parameters": student.model.num_parameters(),
+        "precision": precision,
+        "recipe": ctx.recipe,
+        "stage": ctx.name,
+        "base_model": student.artifact.name,
+        "evaluation": result.evaluation,
+    }
+    card = ModelCard(
+        name=f"{ctx.recipe}: {ctx.name}",
+        summary=f"Made with kdkit by {method}.",
+        base_model=student.artifact.name,
+        facts={k: v for k, v in facts.items() if k in {"losses", "steps", "trained_tokens", "parameters", "precision"}},
+    )
+    path = ctx.out / "model"
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    try:
+        save_model(student.model, student.tokenizer, path, dtype=dtype, card=render_card(card), provenance=facts)
+    except ModelError as error:
+        raise ModelError(f"training diverged: {error.what}", hint="lower learning_rate") from error
+    return Model(path=path, info={k: facts[k] for k in ("parameters", "trained_tokens", "steps", "evaluation")})

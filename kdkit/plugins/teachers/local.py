@@ -1,0 +1,75 @@
+"""A teacher held in memory. Its hidden states are kept between blocks, never its logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from kdkit.api.data import Dense
+from kdkit.models.chat import ChatEncoder
+from kdkit.models.heads import CausalParts, split, verify_split
+from kdkit.models.load import Vocabulary, load_model, load_tokenizer, vocabulary
+from kdkit.train.divergences import upcast
+from kdkit.train.objective import valid_hidden
+from kdkit.train.rollouts import generate
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kdkit.api import BuildContext, Completion, Example, Sampling, TokenBatch
+    from kdkit.plugins.teachers.plugin import LocalTeacherParams
+
+__all__ = ["LocalTeacher"]
+
+
+@dataclass(frozen=True, slots=True)
+class _HiddenSignals:
+    """Hidden states [N, D] of all valid tokens; logits are projected for the block that is asked for."""
+
+    parts: CausalParts
+    hidden: Tensor
+
+    @torch.no_grad()
+    def block(self, start: int, stop: int, /) -> Dense:
+        """Raw float32 logits [stop - start, V]."""
+        return Dense(upcast(self.parts.project(self.hidden[start:stop])))
+
+
+class LocalTeacher:
+    """See :class:`kdkit.api.Teacher`. Weights are cast once; no gradient ever reaches them."""
+
+    def __init__(self, params: LocalTeacherParams, ctx: BuildContext) -> None:
+        artifact = ctx.resolve(params.model)
+        dtype = torch.bfloat16 if ctx.precision(params.precision) == "bf16" else torch.float32
+        self._tokenizer = load_tokenizer(artifact)
+        self._model = load_model(artifact, dtype=dtype).to(ctx.device)
+        verify_split(self._model)
+        self._parts = split(self._model)
+        self._batch_size = params.batch_size
+        self.vocabulary: Vocabulary = vocabulary(self._tokenizer, self._model)
+
+    @torch.no_grad()
+    def signals(self, batch: TokenBatch, /) -> _HiddenSignals:
+        """One forward pass of the trunk over the batch."""
+        return _HiddenSignals(self._parts, valid_hidden(self._parts.trunk, batch))
+
+    def generate(self, prompts: Sequence[Example], sampling: Sampling, seed: int, /) -> Sequence[Completion]:
+        """Answers to the prompts, rendered with the teacher's own chat template."""
+        encoder = ChatEncoder(self._tokenizer)
+        return generate(
+            self._model,
+            self._tokenizer,
+            [encoder.prompt(example) for example in prompts],
+            sampling,
+            [(seed + index) % 2**63 for index in range(len(prompts))],
+            stop_ids=encoder.stop_ids(),
+            batch_size=self._batch_size,
+        )
+
+    def close(self) -> None:
+        """Drop the weights."""
+        for name in ("_model", "_parts"):
+            self.__dict__.pop(name, None)

@@ -1,0 +1,228 @@
+"""The one module that training wraps: trunk, output projection and losses in a single forward.
+
+The projection, the losses and their gradient run block by block over valid tokens, so that the [batch, time,
+vocabulary] logits of neither model ever exist. Being inside the wrapped forward, the output head takes part in the
+gradient hooks of DDP, FSDP and ZeRO like every other parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import nn
+
+from kdkit.api.data import Dense, TokenBatch, TokenLossInputs
+from kdkit.api.errors import ConformanceError, ModelError
+from kdkit.models.heads import split
+from kdkit.train.divergences import upcast
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from kdkit.api import TeacherSignals, TokenLoss
+
+__all__ = ["CausalObjective", "LossTerm", "Measured", "block_tokens", "valid_hidden"]
+
+_HALF: Final = frozenset({torch.bfloat16, torch.float16})
+_BLOCK_BYTES: Final = 512 * 2**20
+"""Memory for one block of float32 logits and what a divergence keeps of them (about six copies)."""
+
+
+@dataclass(frozen=True, slots=True)
+class LossTerm:
+    """A weighted token loss. ``vocabulary``: compare only this many leading entries with the teacher's."""
+
+    name: str
+    weight: float
+    loss: TokenLoss
+    vocabulary: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What one forward gives.
+
+    Attributes:
+        loss: Scalar to call backward on: ``scale`` times the weighted sum over valid tokens.
+        sums: [number of losses] detached sums over valid tokens, unweighted and unscaled.
+        tokens: Number of valid tokens.
+    """
+
+    loss: Tensor
+    sums: Tensor
+    tokens: int
+
+
+def block_tokens(vocabulary: int) -> int:
+    """Tokens per block that keep a block's work within the memory budget."""
+    return max(16, min(4096, _BLOCK_BYTES // (vocabulary * 4 * 6)))
+
+
+def valid_hidden(trunk: nn.Module, batch: TokenBatch) -> Tensor:
+    """Hidden states that predict the learned tokens, [N, D], in row-major order: position t - 1 for a token at t."""
+    out = trunk(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids,
+        use_cache=False,
+    )
+    hidden: Tensor = out.last_hidden_state
+    return hidden[:, :-1][batch.labels_mask[:, 1:]]
+
+
+class CausalObjective(nn.Module):
+    """A student with its losses.
+
+    Args:
+        model: A causal language model whose output head is a plain linear layer.
+        terms: The weighted token losses.
+        compute: Dtype of matrix products; None computes in the parameters' own dtype (reference tests).
+        block: Tokens per block; chosen from the vocabulary by default.
+
+    Raises:
+        ModelError: The output head is not a plain linear layer.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        terms: Sequence[LossTerm],
+        *,
+        compute: torch.dtype | None = None,
+        block: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.terms = tuple(terms)
+        self._parts = split(model)
+        head = self._parts.head
+        if type(head) is not nn.Linear:
+            raise ModelError(
+                f"the output head of {type(model).__name__} is a {type(head).__name__}",
+                allowed="a plain linear layer",
+                hint="merge adapters into the head first",
+            )
+        self._compute = compute
+        self._block = block or block_tokens(head.weight.shape[0])
+
+    def forward(self, batch: TokenBatch, signals: TeacherSignals | None, scale: float) -> Measured:
+        """Weighted loss sum over the batch's valid tokens, times ``scale``.
+
+        Args:
+            batch: Token ids and masks of the micro-batch.
+            signals: The teacher's view of the same valid tokens, when a loss needs one.
+            scale: 1 / (valid tokens of the whole optimiser step), times the world size under DDP.
+        """
+        device = batch.input_ids.device.type
+        with torch.autocast(device, self._compute, enabled=self._compute in _HALF):
+            hidden = valid_hidden(self._parts.trunk, batch)
+        labels = batch.input_ids[:, 1:][batch.labels_mask[:, 1:]]
+        head = self._parts.head
+        block = _Block(self.terms, labels, signals, self._parts.transform)
+        loss, sums = _BlockedLoss.apply(hidden, head.weight, head.bias, block, self._block, self._compute)
+        return Measured(loss * scale, sums, int(labels.shape[0]))
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """The losses of one block as a function of its raw projection."""
+
+    terms: tuple[LossTerm, ...]
+    labels: Tensor
+    signals: TeacherSignals | None
+    transform: Callable[[Tensor], Tensor]
+
+    def __call__(self, projected: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Weighted scalar sum with gradient, and the detached sum of every term, for tokens ``start`` to ``stop``."""
+        logits = upcast(self.transform(upcast(projected)))
+        with torch.no_grad():
+            teacher = self.signals.block(start, stop) if self.signals is not None else None
+        labels = self.labels[start:stop]
+        sums = []
+        for term in self.terms:
+            cut = logits if term.vocabulary is None else logits[:, : term.vocabulary]
+            values = term.loss(TokenLossInputs(cut, _cut(teacher, term.vocabulary), labels))
+            if values.shape != labels.shape:
+                raise ConformanceError(
+                    f"a token loss returns one value per token {tuple(labels.shape)}, got {tuple(values.shape)}",
+                    where=f"loss {term.name}",
+                )
+            sums.append(values.sum())
+        weighted = torch.stack([term.weight * value for term, value in zip(self.terms, sums, strict=True)]).sum()
+        return weighted, torch.stack([value.detach() for value in sums])
+
+
+def _cut(teacher: Any, width: int | None) -> Any:
+    if width is None or not isinstance(teacher, Dense):
+        return teacher
+    return Dense(teacher.logits[:, :width])
+
+
+class _BlockedLoss(torch.autograd.Function):
+    """Projection, losses and gradients of a block at a time.
+
+    The gradient is made during the forward pass, where the block's logits already exist; backward only multiplies it by
+    the incoming scalar. Gradients of the head are accumulated in the head's own (master) dtype.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        block: _Block,
+        size: int,
+        compute: torch.dtype | None,
+    ) -> tuple[Tensor, Tensor]:
+        dtype = compute or weight.dtype
+        needs = [tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)]
+        head = [None if p is None else p.detach().to(dtype).requires_grad_(need) for p, need in
+                zip((weight, bias), needs[1:], strict=True)]  # fmt: skip
+        grads = [torch.zeros_like(t) if need else None for t, need in zip((hidden, weight, bias), needs, strict=True)]
+        total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        sums = total.new_zeros(len(block.terms))
+        for start in range(0, hidden.shape[0], size):
+            rows = slice(start, min(start + size, hidden.shape[0]))
+            loss, parts = _run_block(block, hidden[rows], head, rows, grads, dtype)
+            total += loss
+            sums += parts
+        ctx.save_for_backward(*[g for g in grads if g is not None])
+        ctx.present = [g is not None for g in grads]
+        ctx.mark_non_differentiable(sums)
+        return total, sums
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, _grad_sums: Tensor) -> tuple[Tensor | None, ...]:
+        saved = iter(ctx.saved_tensors)
+        grads = [next(saved) if present else None for present in ctx.present]
+        return (*(None if g is None else g * grad_loss.to(g.dtype) for g in grads), None, None, None)
+
+
+def _run_block(
+    block: _Block,
+    hidden: Tensor,
+    head: list[Tensor | None],
+    rows: slice,
+    grads: list[Tensor | None],
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Loss and term sums of one block; adds its gradients to ``grads`` (hidden, weight, bias) where those exist."""
+    weight, bias = head
+    wanted = grads[0] is not None or grads[1] is not None
+    device = hidden.device.type
+    with torch.set_grad_enabled(wanted), torch.autocast(device, enabled=False):
+        leaf = hidden.detach().to(dtype).requires_grad_(grads[0] is not None)
+        loss, parts = block(nn.functional.linear(leaf, weight, bias), rows.start, rows.stop)
+        inputs = [t for t, g in zip((leaf, weight, bias), grads, strict=True) if g is not None]
+        made = iter(torch.autograd.grad(loss, inputs) if inputs else ())
+    if grads[0] is not None:
+        grads[0][rows] = next(made).to(grads[0].dtype)
+    for total in grads[1:]:
+        if total is not None:
+            total.add_(next(made))
+    return loss.detach(), parts

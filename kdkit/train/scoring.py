@@ -1,0 +1,103 @@
+"""Teacher-forced scores per example: negative log-likelihood and full-vocabulary KL to a teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from kdkit.api.data import Dense, TokenBatch, TokenLossInputs
+from kdkit.models.heads import CausalParts, split
+from kdkit.train.batching import collate
+from kdkit.train.divergences import forward_kl, log_classes, upcast
+from kdkit.train.objective import block_tokens, valid_hidden
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from kdkit.api import TeacherSignals
+    from kdkit.models.chat import Encoded
+
+__all__ = ["ExampleScore", "score_examples"]
+
+
+@dataclass(frozen=True, slots=True)
+class ExampleScore:
+    """Sums over the learned tokens of one example, in nats; ``teacher_kl`` is None without a teacher."""
+
+    nll: float
+    tokens: int
+    teacher_kl: float | None = None
+
+
+@torch.no_grad()
+def score_examples(
+    model: PreTrainedModel,
+    rows: Sequence[Encoded],
+    *,
+    pad_id: int,
+    batch_size: int,
+    signals: Callable[[TokenBatch], TeacherSignals] | None = None,
+    vocabulary: int | None = None,
+    on_batch: Callable[[int], None] | None = None,
+) -> list[ExampleScore]:
+    """One score per row, in order.
+
+    Args:
+        model: In evaluation mode.
+        rows: Encoded examples.
+        pad_id: Id used for padding.
+        batch_size: Rows per forward pass.
+        signals: The teacher's view of a batch, for the KL.
+        vocabulary: Leading entries that student and teacher share; all when None.
+        on_batch: Called with the number of finished rows after every batch.
+    """
+    parts = split(model)
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))
+    scores: dict[int, ExampleScore] = {}
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        batch = collate([rows[i] for i in chosen], pad_id, device=model.device)
+        scores.update(zip(chosen, _score_batch(parts, batch, signals, vocabulary), strict=True))
+        if on_batch:
+            on_batch(len(scores))
+    return [scores[i] for i in range(len(rows))]
+
+
+def _score_batch(
+    parts: CausalParts,
+    batch: TokenBatch,
+    signals: Callable[[TokenBatch], TeacherSignals] | None,
+    vocabulary: int | None,
+) -> list[ExampleScore]:
+    valid = batch.labels_mask[:, 1:]
+    hidden, labels = valid_hidden(parts.trunk, batch), batch.input_ids[:, 1:][valid]
+    teacher = signals(batch) if signals else None
+    size = block_tokens(parts.head.weight.shape[0])
+    values = [
+        _token_values(parts, hidden[a : a + size], labels[a : a + size], teacher, a, vocabulary)
+        for a in range(0, len(labels), size)
+    ]
+    row_of = valid.nonzero()[:, 0]
+    # float64 sums: the order in which blocks are added must not show in the printed digits.
+    sums = torch.zeros(batch.input_ids.shape[0], 3, dtype=torch.float64, device=labels.device)
+    per_token = torch.cat(values).double()
+    sums.index_add_(0, row_of, torch.cat([per_token, torch.ones_like(per_token[:, :1])], dim=1))
+    return [ExampleScore(nll, int(n), kl if teacher is not None else None) for nll, kl, n in sums.tolist()]
+
+
+def _token_values(
+    parts: CausalParts, hidden: Tensor, labels: Tensor, teacher: TeacherSignals | None, start: int, width: int | None
+) -> Tensor:
+    """[n, 2]: negative log-likelihood and KL of every token of a block; the KL is 0 without a teacher."""
+    logits = upcast(parts.project(hidden))
+    nll = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    kl = torch.zeros_like(nll)
+    if teacher is not None:
+        signal = teacher.block(start, start + len(labels))
+        shared = Dense(signal.logits[:, :width]) if isinstance(signal, Dense) else signal
+        kl = forward_kl(*log_classes(TokenLossInputs(logits[:, :width], shared, labels), 1.0))
+    return torch.stack([nll, kl], dim=1)

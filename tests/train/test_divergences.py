@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import kdkit
+from kdkit.api import ConformanceError, Dense, TokenLossInputs, TopK
+
+N, V = 7, 23
+
+
+def logits(seed: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return 3 * torch.randn(N, V, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def labels() -> torch.Tensor:
+    return torch.randint(0, V, (N,), generator=torch.Generator().manual_seed(9))
+
+
+def reference_kl(teacher: torch.Tensor, student: torch.Tensor, temperature: float) -> list[float]:
+    """Plain Python, one token at a time."""
+    values = []
+    for zt, zs in zip((teacher / temperature).tolist(), (student / temperature).tolist(), strict=True):
+        norm_t, norm_s = (math.log(sum(math.exp(z) for z in row)) for row in (zt, zs))
+        kl = sum(math.exp(t - norm_t) * ((t - norm_t) - (s - norm_s)) for t, s in zip(zt, zs, strict=True))
+        values.append(temperature**2 * kl)
+    return values
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_forward_kl_value_and_gradient_match_the_formula(temperature):
+    teacher, student = logits(0), logits(1).requires_grad_()
+    loss = kdkit.build("loss", "forward-kl", temperature=temperature)
+    values = loss(TokenLossInputs(student, Dense(teacher), labels()))
+    assert values.tolist() == pytest.approx(reference_kl(teacher, student.detach(), temperature), rel=1e-12)
+    values.sum().backward()
+    p, q = (torch.softmax(z / temperature, -1) for z in (teacher, student.detach()))
+    # d/dz_S of T^2 KL(p || q) with z_S scaled by 1/T.
+    assert torch.allclose(student.grad, temperature * (q - p), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_forward_kl_is_zero_with_zero_gradient_at_equality(temperature):
+    student = logits(2).requires_grad_()
+    values = kdkit.build("loss", "forward-kl", temperature=temperature)(
+        TokenLossInputs(student, Dense(student.detach().clone() + 5.0), labels())
+    )
+    assert values.abs().max() < 1e-14
+    values.sum().backward()
+    assert student.grad.abs().max() < 1e-14
+
+
+def test_cross_entropy_matches_the_definition():
+    student = logits(3).requires_grad_()
+    values = kdkit.build("loss", "cross-entropy")(TokenLossInputs(student, None, labels()))
+    expected = [-row[label] for row, label in zip(torch.log_softmax(student, -1).tolist(), labels().tolist(), strict=True)]
+    assert values.tolist() == pytest.approx(expected, rel=1e-12)
+    values.sum().backward()
+    one_hot = torch.nn.functional.one_hot(labels(), V)
+    assert torch.allclose(student.grad, torch.softmax(student.detach(), -1) - one_hot, atol=1e-12)
+
+
+def top_k(teacher: torch.Tensor, k: int, temperature: float = 1.0) -> TopK:
+    logprobs, ids = torch.log_softmax(teacher / temperature, -1).topk(k)
+    return TopK(ids, logprobs, temperature=temperature)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_top_k_of_the_whole_vocabulary_equals_dense(temperature):
+    teacher, loss = logits(4), kdkit.build("loss", "forward-kl", temperature=temperature)
+    grads, values = [], []
+    for signal in (Dense(teacher), top_k(teacher, V, temperature)):
+        student = logits(5).requires_grad_()
+        value = loss(TokenLossInputs(student, signal, labels()))
+        value.sum().backward()
+        values.append(value.detach())
+        grads.append(student.grad)
+    assert torch.allclose(*values, rtol=1e-10)
+    assert torch.isfinite(grads[1]).all()
+    assert torch.allclose(*grads, rtol=1e-8, atol=1e-12)
+
+
+def test_top_k_is_a_lower_bound_that_sees_leaked_mass():
+    teacher, loss = logits(6), kdkit.build("loss", "forward-kl")
+    signal = top_k(teacher, 5)
+    student = teacher.clone()
+    dense = loss(TokenLossInputs(logits(7), Dense(teacher), labels()))
+    assert (loss(TokenLossInputs(logits(7), signal, labels())) <= dense + 1e-12).all()
+    # Moving the student's mass out of the top-k must cost something: a renormalised top-k would not notice.
+    leaked = student.scatter_add(-1, signal.ids, torch.full_like(signal.logprobs, -3.0))
+    assert (loss(TokenLossInputs(leaked, signal, labels())) > 0.1).all()
+
+
+def test_top_k_refuses_another_temperature():
+    with pytest.raises(ConformanceError, match="temperature 1, the loss wants 2"):
+        kdkit.build("loss", "forward-kl", temperature=2.0)(TokenLossInputs(logits(0), top_k(logits(1), 3), labels()))
+
+
+def test_a_divergence_without_a_teacher_or_with_another_vocabulary_is_refused():
+    loss = kdkit.build("loss", "forward-kl")
+    with pytest.raises(ConformanceError, match="needs a teacher"):
+        loss(TokenLossInputs(logits(0), None, labels()))
+    with pytest.raises(ConformanceError, match="do not match"):
+        loss(TokenLossInputs(logits(0), Dense(logits(1)[:, :-1]), labels()))
+
+
+def test_tokens_the_teacher_forbids_do_not_make_nan():
+    teacher, student = logits(0), logits(1).requires_grad_()
+    teacher[:, 3] = -torch.inf
+    values = kdkit.build("loss", "forward-kl")(TokenLossInputs(student, Dense(teacher), labels()))
+    values.sum().backward()
+    assert torch.isfinite(values).all()
+    assert torch.isfinite(student.grad).all()
+
+
+def test_half_precision_logits_are_computed_in_float32():
+    teacher, student = logits(0, torch.bfloat16), logits(1, torch.bfloat16)
+    values = kdkit.build("loss", "forward-kl")(TokenLossInputs(student, Dense(teacher), labels()))
+    assert values.dtype is torch.float32
+    assert values.tolist() == pytest.approx(reference_kl(teacher.double(), student.double(), 1.0), rel=1e-4)
+
+
+def test_no_gradient_reaches_the_teacher():
+    teacher, student = logits(0).requires_grad_(), logits(1).requires_grad_()
+    kdkit.build("loss", "forward-kl")(TokenLossInputs(student, Dense(teacher), labels())).sum().backward()
+    assert teacher.grad is None

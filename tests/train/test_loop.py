@@ -1,0 +1,261 @@
+from __future__ import annotations
+
+import hashlib
+import math
+import shutil
+
+import pytest
+import torch
+from conftest_train import FakeContext, make_rows
+
+from kdkit.api import StageError
+from kdkit.api.errors import Stopped
+from kdkit.plugins.losses.token import cross_entropy
+from kdkit.testing.tiny import tiny_model
+from kdkit.train import checkpoint
+from kdkit.train.loop import MAX_SKIPPED, Task, total_steps, train
+from kdkit.train.objective import LossTerm
+from kdkit.train.optim import adamw, learning_rate
+from kdkit.train.params import OptimParams, TrainParams
+
+CE = (LossTerm("cross-entropy", 1.0, cross_entropy),)
+
+
+class Params(TrainParams):
+    data: object = None
+    losses: object = ()
+    eval_data: object = None
+
+
+def params(**values) -> Params:
+    defaults = {"learning_rate": 1e-2, "max_steps": 8, "per_device_train_batch_size": 3, "logging_steps": 1}
+    return Params.model_construct(**{**Params.model_construct().__dict__, **defaults, **values})
+
+
+def task(model=None, *, held_out=(), terms=CE, rows=None) -> Task:
+    return Task(model=model or tiny_model().train(), terms=terms, data=[rows or make_rows(10)], weights=[1.0], pad_id=258,
+                held_out=held_out)  # fmt: skip
+
+
+def run(root, *, model=None, stop_at=None, seed=17, held_out=(), terms=CE, rows=None, **values):
+    ctx = FakeContext(root, stop_at=stop_at, seed=seed)
+    model = model or tiny_model().train()
+    work = task(model, held_out=held_out, terms=terms, rows=rows)
+    result = train(work, params(**values), ctx, compute=next(model.parameters()).dtype)
+    return result, model, ctx
+
+
+def weights_hash(model) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def with_dropout():
+    model = tiny_model().train()
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.3
+    return model
+
+
+def test_training_learns_and_reports(tmp_path):
+    result, _, ctx = run(tmp_path, max_steps=30)
+    first, last = ctx.values[0][1]["train/loss"], ctx.values[-1][1]["train/loss"]
+    assert last < 0.7 * first
+    assert result.steps == 30
+    assert result.tokens == ctx.values[-1][1]["train/learned_tokens"] > 0
+
+
+@pytest.mark.parametrize("stops", [[1], [2, 5], [3, 4, 6]])
+def test_stop_and_resume_gives_bitwise_the_same_weights(tmp_path, stops):
+    _, straight, ctx = run(tmp_path / "a", model=with_dropout())
+    logged = []
+    for stop in stops:
+        with pytest.raises(Stopped, match="checkpoint saved"):
+            run(tmp_path / "b", model=with_dropout(), stop_at=stop)
+    _, resumed, ctx2 = run(tmp_path / "b", model=with_dropout())
+    assert weights_hash(resumed) == weights_hash(straight)
+    assert ctx2.logs[0] == f"resumed at step {stops[-1]} of 8"
+    logged = [(step, v["train/loss"], v["train/learning_rate"]) for step, v in ctx2.values]
+    assert logged == [(s, v["train/loss"], v["train/learning_rate"]) for s, v in ctx.values[stops[-1] :]]
+
+
+@pytest.mark.parametrize("lost", ["_restore_weights", "_restore_optimizer", "_restore_rng"])
+def test_the_resume_test_notices_every_part_that_is_not_restored(tmp_path, lost, monkeypatch):
+    _, straight, _ = run(tmp_path / "a", model=with_dropout())
+    with pytest.raises(Stopped):
+        run(tmp_path / "b", model=with_dropout(), stop_at=4)
+    monkeypatch.setattr(checkpoint, lost, lambda *args: None)
+    _, resumed, _ = run(tmp_path / "b", model=with_dropout())
+    assert weights_hash(resumed) != weights_hash(straight)
+
+
+def damage_truncate(path):
+    (path / "model.safetensors").write_bytes((path / "model.safetensors").read_bytes()[:-9])
+
+
+def damage_flip(path):
+    data = bytearray((path / "optimizer.safetensors").read_bytes())
+    data[-5] ^= 1
+    (path / "optimizer.safetensors").write_bytes(data)
+
+
+def damage_remove(path):
+    (path / "progress.json").unlink()
+
+
+def damage_manifest(path):
+    (path / "manifest.json").unlink()
+
+
+@pytest.mark.parametrize("damage", [damage_truncate, damage_flip, damage_remove, damage_manifest])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, damage):
+    _, straight, _ = run(tmp_path / "a")
+    with pytest.raises(Stopped):
+        run(tmp_path / "b", stop_at=5, save_steps=2)
+    newest, before = sorted((tmp_path / "b" / "checkpoints").glob("step-*"), reverse=True)
+    assert (newest.name, before.name) == ("step-000005", "step-000004")
+    damage(newest)
+    _, resumed, ctx = run(tmp_path / "b")
+    assert "checkpoint step-000005 is damaged" in ctx.logs[0]
+    assert ctx.logs[1] == "resumed at step 4 of 8"
+    assert weights_hash(resumed) == weights_hash(straight)
+
+
+def test_a_full_disk_keeps_older_checkpoints_and_training_goes_on(tmp_path, monkeypatch):
+    real = checkpoint.save_file
+
+    def full(tensors, path):
+        if "step-000004" in str(path):
+            raise RuntimeError("I/O error: No space left on device")
+        real(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    result, _, ctx = run(tmp_path, save_steps=2)
+    assert result.steps == 8
+    assert any("step-000004 not written: I/O error: No space left" in line for line in ctx.logs)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-000002", "step-000006"]
+
+
+def test_a_checkpoint_of_another_schedule_is_refused(tmp_path):
+    with pytest.raises(Stopped):
+        run(tmp_path, stop_at=2)
+    with pytest.raises(StageError, match="made for 8 steps, now 12 are planned"):
+        run(tmp_path, max_steps=12)
+
+
+@pytest.mark.parametrize(("size", "accumulation"), [(6, 1), (3, 2), (2, 3), (1, 6)])
+def test_accumulation_is_one_large_batch(tmp_path, size, accumulation):
+    _, want, _ = run(tmp_path / "want", model=tiny_model().double().train(), max_steps=3, per_device_train_batch_size=6)
+    _, got, _ = run(
+        tmp_path / "got",
+        model=tiny_model().double().train(),
+        max_steps=3,
+        per_device_train_batch_size=size,
+        gradient_accumulation_steps=accumulation,
+    )
+    for a, b in zip(got.parameters(), want.parameters(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-6, atol=1e-9)
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path):
+    _, plain, _ = run(tmp_path / "a", max_steps=3)
+    _, saved, _ = run(tmp_path / "b", max_steps=3, gradient_checkpointing=True)
+    for a, b in zip(plain.parameters(), saved.parameters(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
+def poisoned(times):
+    calls = iter(range(10**6))
+
+    def loss(x):
+        values = cross_entropy(x)
+        return values * math.nan if next(calls) in times else values
+
+    return (LossTerm("poisoned", 1.0, loss),)
+
+
+def test_a_non_finite_step_is_skipped_and_counted(tmp_path):
+    result, model, ctx = run(tmp_path, terms=poisoned({2, 3}))
+    assert result.skipped == 2
+    assert sum("step skipped" in line for line in ctx.logs) == 2
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_training_gives_up_when_gradients_stay_non_finite(tmp_path):
+    with pytest.raises(StageError, match=r"not finite in 5 steps in a row, last with rows row-"):
+        run(tmp_path, terms=poisoned(set(range(MAX_SKIPPED + 3))))
+
+
+def test_the_best_weights_are_kept(tmp_path):
+    held_out = make_rows(6, seed=5)
+    result, model, ctx = run(
+        tmp_path, held_out=held_out, eval_steps=2, metric_for_best_model="loss", learning_rate=5e-2, max_steps=20
+    )
+    evaluated = {step: values["eval/loss"] for step, values in ctx.values if "eval/loss" in values}
+    best = min(evaluated, key=evaluated.get)
+    assert best < 20, "the learning rate must be high enough to overfit"
+    assert result.best_step == best
+    _, _, again = run(tmp_path / "again", model=model, held_out=held_out, max_steps=1, learning_rate=1e-12)
+    final = [values["eval/loss"] for _, values in again.values if "eval/loss" in values][-1]
+    assert final == pytest.approx(evaluated[best], rel=1e-4)
+
+
+def test_early_stopping_ends_after_its_patience(tmp_path):
+    result, _, ctx = run(
+        tmp_path,
+        held_out=make_rows(6, seed=5),
+        eval_steps=1,
+        metric_for_best_model="loss",
+        early_stopping_patience=3,
+        learning_rate=5e-2,
+        max_steps=60,
+    )
+    assert result.steps == result.best_step + 3 < 60
+
+
+def test_evaluation_is_a_token_mean_over_all_rows(tmp_path):
+    held_out, model = make_rows(5, seed=3), tiny_model().eval()
+    _, _, ctx = run(tmp_path, model=model, held_out=held_out, max_steps=1, learning_rate=1e-30)
+    nll = 0.0
+    for row in held_out:
+        ids = torch.tensor([row.ids])
+        with torch.no_grad():
+            logprobs = torch.log_softmax(tiny_model()(input_ids=ids).logits[0, :-1], -1)
+        nll -= sum(float(logprobs[t - 1, row.ids[t]]) for t in range(1, len(row.ids)) if row.learned[t])
+    got = [values["eval/loss"] for _, values in ctx.values if "eval/loss" in values]
+    assert got == [pytest.approx(nll / sum(row.targets for row in held_out), rel=1e-5)]
+
+
+def test_too_little_space_is_found_before_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    with pytest.raises(checkpoint.EnvironmentUnmet, match="checkpoints need"):
+        run(tmp_path)
+
+
+def test_steps_follow_epochs_or_max_steps():
+    assert total_steps(params(max_steps=None, num_train_epochs=2.0), 10, 1) == 7
+    assert total_steps(params(max_steps=None, num_train_epochs=2.0, gradient_accumulation_steps=2), 10, 1) == 4
+    assert total_steps(params(max_steps=5), 10, 1) == 5
+
+
+@pytest.mark.parametrize("shape", ["cosine", "linear", "constant"])
+def test_learning_rate_schedule(shape):
+    p = OptimParams(learning_rate=1.0, lr_scheduler_type=shape, warmup_ratio=0.1, min_learning_rate=0.1)
+    rates = [learning_rate(step, 100, p) for step in range(100)]
+    assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    expected = {
+        "constant": [1.0] * 90,
+        "linear": [0.1 + 0.9 * (1 - i / 90) for i in range(90)],
+        "cosine": [0.1 + 0.9 * (1 + math.cos(math.pi * i / 90)) / 2 for i in range(90)],
+    }
+    assert rates[10:] == pytest.approx(expected[shape])
+
+
+def test_only_matrices_are_decayed():
+    model = tiny_model()
+    groups = adamw(model, OptimParams(weight_decay=0.3)).param_groups
+    decayed = {id(p) for g in groups if g["weight_decay"] == 0.3 for p in g["params"]}
+    for name, p in model.named_parameters():
+        assert (id(p) in decayed) == ("norm" not in name), name
