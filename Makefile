@@ -1,0 +1,47 @@
+# Two commands do everything on a fresh machine: `make quickstart` and `make test`.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test test-all lint docs clean
+
+help:
+	@echo "make quickstart   install into .venv, pull a small model, distil it on this CPU (about 15 minutes)"
+	@echo "make test         install into .venv and run the test suite"
+	@echo "make test-all     everything, with real models (an hour)"
+	@echo "make lint         ruff, mypy --strict, import-linter"
+	@echo "make docs         regenerate docs/recipe.schema.json and docs/reference"
+
+# torch comes first and from the constraints: whatever else asks for it is then satisfied.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet -c constraints.txt torch
+	$(PIP) install --quiet -c constraints.txt -e ".[test,lint]"
+	@touch $@
+
+install: $(VENV)/.installed
+
+quickstart: install
+	$(BIN)/kdkit models pull smollm2-135m-instruct
+	$(BIN)/kdkit run recipes/quickstart.yaml
+
+test: install
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow" -q
+
+test-all: install
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+docs: install
+	$(BIN)/kdkit schema --out docs/recipe.schema.json
+	$(BIN)/python docs/generate.py
+
+clean:
+	rm -rf $(VENV) .kdkit runs

@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from test_objective import Teacher
+
+from kdkit.testing.tiny import tiny_model
+from kdkit.train.scoring import score_examples
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_scores_equal_one_row_at_a_time(rows, batch_size):
+    model, teacher = tiny_model().double(), tiny_model(seed=1).double()
+    got = score_examples(model, rows, pad_id=258, batch_size=batch_size, signals=Teacher(teacher))
+    for row, score in zip(rows, got, strict=True):
+        ids, keep = torch.tensor([row.ids]), torch.tensor(row.learned)[1:]
+        with torch.no_grad():
+            q, p = (torch.log_softmax(m(input_ids=ids).logits[0, :-1][keep], -1) for m in (model, teacher))
+        labels = ids[0, 1:][keep]
+        assert score.nll == pytest.approx(-float(q.gather(-1, labels[:, None]).sum()), rel=1e-10)
+        assert score.teacher_kl == pytest.approx(float((p.exp() * (p - q)).sum()), rel=1e-9)
+        assert score.tokens == row.targets
+
+
+def test_without_a_teacher_there_is_no_divergence(rows):
+    assert score_examples(tiny_model(), rows, pad_id=258, batch_size=8)[0].teacher_kl is None
+
+
+def test_a_model_has_no_divergence_from_itself(rows):
+    model = tiny_model()
+    scores = score_examples(model, rows, pad_id=258, batch_size=4, signals=Teacher(model))
+    assert max(abs(s.teacher_kl) for s in scores) < 1e-5
+
+
+def test_other_padded_vocabularies_share_their_prefix(rows):
+    student, teacher = tiny_model(vocab=270), tiny_model(seed=1)
+    got = score_examples(student, rows, pad_id=258, batch_size=8, signals=Teacher(teacher), vocabulary=259)
+    for row, score in zip(rows, got, strict=True):
+        ids, keep = torch.tensor([row.ids]), torch.tensor(row.learned)[1:]
+        with torch.no_grad():
+            q, p = (torch.log_softmax(m(input_ids=ids).logits[0, :-1, :259][keep], -1) for m in (student, teacher))
+        assert score.teacher_kl == pytest.approx(float((p.exp() * (p - q)).sum()), rel=1e-4)
