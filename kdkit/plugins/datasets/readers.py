@@ -1,0 +1,208 @@
+"""Rows of local files: ``.jsonl``, ``.jsonl.gz``, ``.json``, ``.parquet``, or a directory of them.
+
+A row that cannot be read is handed on with its problem, so that the caller decides; a file that cannot be read is a
+:class:`kdkit.api.DataError`. Memory is bounded by one line (or one table batch), also for compressed files.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, Final, NoReturn
+
+from kdkit.api.errors import DataError, EnvironmentUnmet
+from kdkit.plugins.datasets.values import RowError, SourceRow, clean_row
+
+__all__ = ["MAX_LINE", "SUFFIXES", "read_rows", "table_rows"]
+
+SUFFIXES: Final = (".jsonl", ".jsonl.gz", ".json", ".parquet")
+MAX_LINE: Final = 10_000_000
+"""Longest line of a JSON Lines file, in bytes."""
+MAX_JSON: Final = 2**30
+"""Largest ``.json`` file, in bytes; it is parsed as a whole."""
+EXPANSION: Final = 200
+EXPANSION_FROM: Final = 64 * 2**20
+"""A compressed file may grow to 64 MiB or to 200 times its size, whichever is more; text grows 3 to 20 times."""
+_BATCH: Final = 1024
+_BOM: Final = b"\xef\xbb\xbf"
+
+
+def read_rows(path: Path) -> Iterator[SourceRow]:
+    """The rows of a file, or of all data files of a directory (not of its sub-directories) in the order of their names.
+
+    Raises:
+        DataError: No such file, nothing in it, an unknown format, or damage beyond single rows.
+        EnvironmentUnmet: The operating system refuses to read it.
+    """
+    try:
+        files = _files_of(path) if path.is_dir() else [path]
+        for file in files:
+            yield from _file_rows(file)
+    except OSError as error:
+        raise EnvironmentUnmet(f"cannot be read: {error.strerror or error}", where=str(path)) from error
+
+
+def table_rows(rows: Iterator[Any], source: str) -> Iterator[SourceRow]:
+    """Rows of a table; ``source`` names it, rows count from 1."""
+    for number, row in enumerate(rows, start=1):
+        yield _checked(f"{source}:{number}", row, table=True)
+
+
+def _files_of(directory: Path) -> list[Path]:
+    found = sorted(file for file in directory.iterdir() if _format(file) and not file.name.startswith("."))
+    if not found:
+        raise DataError("no data files in this directory", where=str(directory), allowed=", ".join(SUFFIXES))
+    return found
+
+
+def _format(file: Path) -> str | None:
+    return next((suffix for suffix in SUFFIXES if file.name.lower().endswith(suffix)), None)
+
+
+def _file_rows(file: Path) -> Iterator[SourceRow]:
+    if not file.exists():
+        raise DataError("no such file", where=str(file))
+    if not file.is_file():
+        raise DataError("is no regular file", where=str(file))
+    count = 0
+    for count, row in enumerate(_rows_by_format(file), start=1):  # noqa: B007
+        yield row
+    if not count:
+        raise DataError("is empty", where=str(file), hint="name a file with at least one row")
+
+
+def _rows_by_format(file: Path) -> Iterator[SourceRow]:
+    form = _format(file)
+    if form == ".jsonl":
+        with file.open("rb") as stream:
+            yield from _line_rows(_Bounded(stream, file))
+    elif form == ".jsonl.gz":
+        yield from _gzip_rows(file)
+    elif form == ".json":
+        yield from _json_rows(file)
+    elif form == ".parquet":
+        yield from _parquet_rows(file)
+    else:
+        raise DataError("has an unknown format", where=str(file), allowed=", ".join(SUFFIXES))
+
+
+class _Bounded:
+    """Lines of a binary stream, with a bound on each and on what a compressed file grows to."""
+
+    def __init__(self, stream: IO[bytes] | gzip.GzipFile, file: Path, limit: int | None = None) -> None:
+        self.file = file
+        self._stream = stream
+        self._limit = limit
+        self._total = 0
+
+    def __iter__(self) -> Iterator[bytes | None]:
+        """Each line; None for one that is too long."""
+        # Splitting at b"\n" alone: str.splitlines would also cut records at U+2028 and U+0085, which JSON allows.
+        while line := self._read(MAX_LINE + 1):
+            if len(line) <= MAX_LINE or line.endswith(b"\n"):
+                yield line
+                continue
+            while (rest := self._read(MAX_LINE)) and not rest.endswith(b"\n"):
+                pass
+            yield None
+
+    def _read(self, size: int) -> bytes:
+        data = self._stream.readline(size)
+        self._total += len(data)
+        if self._limit is not None and self._total > self._limit:
+            raise DataError(
+                f"grows to more than {self._limit:,} bytes when unpacked, which no real dataset does",
+                where=str(self.file),
+                hint="unpack it and name the .jsonl file if you trust it",
+            )
+        return data
+
+
+def _line_rows(lines: _Bounded) -> Iterator[SourceRow]:
+    for number, line in enumerate(lines, start=1):
+        where = f"{lines.file}:{number}"
+        if line is None:
+            yield SourceRow(where, {}, f"the line is longer than {MAX_LINE:,} bytes")
+            continue
+        record = (line.removeprefix(_BOM) if number == 1 else line).strip()
+        if record:
+            yield _parsed(where, record)
+
+
+def _gzip_rows(file: Path) -> Iterator[SourceRow]:
+    limit = max(EXPANSION_FROM, EXPANSION * file.stat().st_size)
+    try:
+        with gzip.open(file, "rb") as stream:
+            yield from _line_rows(_Bounded(stream, file, limit))
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"is damaged or cut: {error}", where=str(file), hint="fetch it again") from error
+
+
+def _json_rows(file: Path) -> Iterator[SourceRow]:
+    with file.open("rb") as stream:
+        start = stream.read(4096).removeprefix(_BOM).lstrip()
+    # Many files called .json hold one object a line.
+    if not start.startswith(b"["):
+        with file.open("rb") as stream:
+            yield from _line_rows(_Bounded(stream, file))
+        return
+    if file.stat().st_size > MAX_JSON:
+        raise DataError(f"is larger than {MAX_JSON:,} bytes", where=str(file), hint="write it as JSON Lines")
+    try:
+        items = _loads(file.read_bytes().removeprefix(_BOM))
+    except RowError as error:
+        raise DataError(str(error), where=str(file)) from error
+    for number, item in enumerate(items, start=1):
+        yield _checked(f"{file}:[{number}]", item, table=False)
+
+
+def _parquet_rows(file: Path) -> Iterator[SourceRow]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def rows(stream: IO[bytes]) -> Iterator[Any]:
+        with pq.ParquetFile(stream) as table:
+            for batch in table.iter_batches(batch_size=_BATCH):
+                yield from batch.to_pylist()
+
+    with file.open("rb") as stream:
+        try:
+            yield from table_rows(rows(stream), str(file))
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise DataError(f"is damaged: {error}", where=str(file), hint="fetch it again") from error
+
+
+def _parsed(where: str, line: bytes) -> SourceRow:
+    try:
+        value = _loads(line)
+    except RowError as error:
+        return SourceRow(where, {}, str(error))
+    return _checked(where, value, table=False)
+
+
+def _checked(where: str, value: Any, *, table: bool) -> SourceRow:
+    try:
+        return SourceRow(where, clean_row(value, table=table))
+    except RowError as error:
+        return SourceRow(where, {}, str(error))
+
+
+def _loads(data: bytes) -> Any:
+    """Strict JSON: UTF-8, no NaN, no numbers of thousands of digits."""
+    try:
+        return json.loads(data.decode("utf-8"), parse_constant=_no_constant)
+    except UnicodeDecodeError as error:
+        raise RowError(f"is not UTF-8 at byte {error.start + 1}") from error
+    except json.JSONDecodeError as error:
+        raise RowError(f"is not JSON: {error.msg.removesuffix(' at')} at character {error.pos + 1}") from error
+    except RecursionError as error:
+        raise RowError("is nested too deeply") from error
+    except ValueError as error:
+        raise RowError(f"is not JSON: {error}") from error
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON number")
