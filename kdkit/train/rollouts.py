@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import DynamicCache, LogitsProcessor
 from transformers.generation.logits_process import (
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -14,6 +14,7 @@ from transformers.generation.logits_process import (
 )
 
 from kdkit.api.data import Completion
+from kdkit.models.heads import split
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,22 +23,6 @@ if TYPE_CHECKING:
     from kdkit.api import Sampling
 
 __all__ = ["generate"]
-
-
-class _GumbelNoise(LogitsProcessor):
-    """Turns greedy decoding into sampling: argmax(logits + Gumbel noise) draws from softmax(logits).
-
-    Every row has its own generator, so that its completion does not depend on the batch it was decoded in.
-    """
-
-    def __init__(self, seeds: Sequence[int]) -> None:
-        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
-        del input_ids
-        width = scores.shape[-1]
-        noise = torch.stack([torch.empty(width).exponential_(generator=g).log_() for g in self._generators])
-        return scores.float() - noise.to(scores.device)
 
 
 def generate(
@@ -83,47 +68,65 @@ def _decode(
     seeds: Sequence[int],
     stop_ids: Sequence[int],
 ) -> list[list[int]]:
+    """New token ids of every prompt, the stop id included. Rows leave the batch as soon as they end."""
+    parts = split(model)
+    ids, mask = _left_padded(prompts, model.device)
+    cache = DynamicCache(config=model.config)
+    out: list[list[int]] = [[] for _ in prompts]
+    alive = list(range(len(prompts)))
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    for _ in range(sampling.max_new_tokens):
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        hidden = parts.trunk(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+        ).last_hidden_state
+        # Only the last position is projected, as a matrix: a [B, 1, D] slice would copy the head once a row.
+        chosen = _choose(parts.project(hidden[:, -1]), sampling, [generators[i] for i in alive])
+        for row, token in zip(alive, chosen.tolist(), strict=True):
+            out[row].append(token)
+        going = [i for i, row in enumerate(alive) if out[row][-1] not in stop_ids]
+        if not going:
+            break
+        ids, mask = chosen.unsqueeze(1), torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+        if len(going) < len(alive):
+            keep = torch.tensor(going, device=ids.device)
+            ids, mask, alive = ids[keep], mask[keep], [alive[i] for i in going]
+            cache.batch_select_indices(keep)
+    return out
+
+
+def _left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
     width = max(len(p) for p in prompts)
-    filler = stop_ids[0] if stop_ids else 0
-    ids = torch.full((len(prompts), width), filler, dtype=torch.long)
+    ids = torch.zeros(len(prompts), width, dtype=torch.long)
     mask = torch.zeros_like(ids)
     for index, prompt in enumerate(prompts):
         ids[index, width - len(prompt) :] = torch.tensor(prompt)
         mask[index, width - len(prompt) :] = 1
-    out = model.generate(
-        input_ids=ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        generation_config=_config(sampling, filler, stop_ids),
-        logits_processor=LogitsProcessorList(_processors(sampling, seeds)),
-    )
-    rows: list[list[int]] = out[:, width:].tolist()
-    return rows
+    return ids.to(device), mask.to(device)
 
 
-def _config(sampling: Sampling, filler: int, stop_ids: Sequence[int]) -> GenerationConfig:
-    # Sampling happens in our processors, one generator a row; the model's own defaults are overruled by name.
-    return GenerationConfig(
-        max_new_tokens=sampling.max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        use_cache=True,
-        pad_token_id=filler,
-        eos_token_id=list(stop_ids) or None,
-    )
+def _choose(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> Tensor:
+    """Next token of every row, [B]: the most probable one, or a draw.
 
-
-def _processors(sampling: Sampling, seeds: Sequence[int]) -> Iterator[LogitsProcessor]:
+    A draw is argmax(logits + Gumbel noise) with a generator per row, so that a completion does not depend on the batch
+    it was decoded in.
+    """
     if not sampling.do_sample:
-        return
+        return logits.argmax(dim=-1)
+    scores = logits.float()
+    for warper in _warpers(sampling):
+        scores = warper(torch.empty(0), scores)
+    noise = torch.stack([torch.empty(scores.shape[-1]).exponential_(generator=g).log_() for g in generators])
+    return (scores - noise.to(scores.device)).argmax(dim=-1)
+
+
+def _warpers(sampling: Sampling) -> Iterator[LogitsProcessor]:
     if sampling.temperature != 1.0:
         yield TemperatureLogitsWarper(sampling.temperature)
     if sampling.top_k:
         yield TopKLogitsWarper(sampling.top_k)
     if sampling.top_p < 1.0:
         yield TopPLogitsWarper(sampling.top_p)
-    yield _GumbelNoise(seeds)
 
 
 def _completion(row: list[int], tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]) -> Completion:

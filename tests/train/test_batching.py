@@ -44,7 +44,10 @@ def test_a_mixture_follows_its_weights_and_walks_each_dataset_evenly():
 
 
 def test_padding_never_touches_masks_or_positions():
-    rows = [Encoded("a", (9, 9, 9), (False, True, True)), Encoded("b", (9, 1, 2, 3, 9), (False, False, True, True, True))]
+    rows = [
+        Encoded("a", (9, 9, 9), (False, True, True)),
+        Encoded("b", (9, 1, 2, 3, 9), (False, False, True, True, True)),
+    ]
     right, left = collate(rows, 9), collate(rows, 9, side="left")
     assert right.attention_mask.tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
     assert left.attention_mask.tolist() == [[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]

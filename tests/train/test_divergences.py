@@ -55,7 +55,9 @@ def test_forward_kl_is_zero_with_zero_gradient_at_equality(temperature):
 def test_cross_entropy_matches_the_definition():
     student = logits(3).requires_grad_()
     values = kdkit.build("loss", "cross-entropy")(TokenLossInputs(student, None, labels()))
-    expected = [-row[label] for row, label in zip(torch.log_softmax(student, -1).tolist(), labels().tolist(), strict=True)]
+    expected = [
+        -row[label] for row, label in zip(torch.log_softmax(student, -1).tolist(), labels().tolist(), strict=True)
+    ]
     assert values.tolist() == pytest.approx(expected, rel=1e-12)
     values.sum().backward()
     one_hot = torch.nn.functional.one_hot(labels(), V)

@@ -32,15 +32,10 @@ def params(**values) -> Params:
     return Params.model_construct(**{**Params.model_construct().__dict__, **defaults, **values})
 
 
-def task(model=None, *, held_out=(), terms=CE, rows=None) -> Task:
-    return Task(model=model or tiny_model().train(), terms=terms, data=[rows or make_rows(10)], weights=[1.0], pad_id=258,
-                held_out=held_out)  # fmt: skip
-
-
 def run(root, *, model=None, stop_at=None, seed=17, held_out=(), terms=CE, rows=None, **values):
     ctx = FakeContext(root, stop_at=stop_at, seed=seed)
     model = model or tiny_model().train()
-    work = task(model, held_out=held_out, terms=terms, rows=rows)
+    work = Task(model, terms, [rows or make_rows(10)], [1.0], pad_id=258, held_out=held_out)
     result = train(work, params(**values), ctx, compute=next(model.parameters()).dtype)
     return result, model, ctx
 
@@ -203,7 +198,7 @@ def test_the_best_weights_are_kept(tmp_path):
 
 
 def test_early_stopping_ends_after_its_patience(tmp_path):
-    result, _, ctx = run(
+    result, _, _ = run(
         tmp_path,
         held_out=make_rows(6, seed=5),
         eval_steps=1,

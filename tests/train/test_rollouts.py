@@ -43,7 +43,9 @@ def test_a_completion_ends_before_its_stop_id():
 
 def test_sampling_depends_on_its_own_seed_only():
     together = run(seeds=[11, 12, 13, 14], do_sample=True)
-    alone = [run([p], seeds=[s], do_sample=True, batch_size=1)[0] for p, s in zip(PROMPTS, [11, 12, 13, 14], strict=True)]
+    alone = [
+        run([p], seeds=[s], do_sample=True, batch_size=1)[0] for p, s in zip(PROMPTS, [11, 12, 13, 14], strict=True)
+    ]
     assert together == alone
     assert run(seeds=[21, 22, 23, 24], do_sample=True) != together
 

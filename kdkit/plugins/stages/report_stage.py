@@ -1,0 +1,36 @@
+"""The report stage: one honest table from the scores of all models."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kdkit.api.artifacts import ReportFiles
+from kdkit.report.collect import collect, write_report
+
+if TYPE_CHECKING:
+    from kdkit.api import StageContext
+    from kdkit.api.protocols import StageOutputs
+    from kdkit.plugins.stages.plugin import ReportParams
+
+__all__ = ["run"]
+
+
+def run(params: ReportParams, ctx: StageContext) -> StageOutputs:
+    """Write ``report/report.json`` and ``report/report.md``.
+
+    Raises:
+        DataError: Scores are malformed or contradict each other, or a role names no evaluated model.
+    """
+    report = collect(
+        [ctx.resolve(scores).path for scores in params.scores],
+        recipe=ctx.recipe,
+        seed=ctx.seed,
+        bootstrap_seed=ctx.seed_for("report"),
+        teacher=params.teacher,
+        baseline=params.baseline,
+    )
+    out = ctx.out / "report"
+    write_report(report, out)
+    for note in report["notes"]:
+        ctx.log(note)
+    return {"report": ReportFiles(path=out, info={"models": list(report["models"])})}

@@ -1,0 +1,198 @@
+"""Reads ``scores.json`` files and merges them: several evaluate stages, models or datasets in one report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+
+from kdkit.api.errors import DataError
+
+__all__ = ["AnswerCounts", "DatasetFacts", "MergedModel", "MergedScores", "MetricScores", "read_scores"]
+
+V = TypeVar("V")
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+Score: TypeAlias = Annotated[int | float | None, AfterValidator(_finite)]
+"""A number, or None where the file has null, NaN or an infinity."""
+
+
+class _Part(BaseModel):
+    """Unknown keys are ignored, so that files of later versions stay readable."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, protected_namespaces=())
+
+
+class MetricScores(_Part):
+    """One model's scores on one metric of one dataset; None among ``per_example`` is an undefined score."""
+
+    value: Score
+    n: int
+    per_example: tuple[Score, ...]
+    weights: tuple[float, ...] | None = None
+    link: Literal["identity", "exp"] = "identity"
+    ids: tuple[str, ...] = ()
+    higher_is_better: bool
+    unit: str = ""
+
+
+class AnswerCounts(_Part):
+    """How many answers a model gave on a dataset, hit the token limit, and were empty."""
+
+    n: int
+    truncated: int
+    empty: int
+
+
+class _ModelScores(_Part):
+    path: str
+    parameters: int | None = None
+    bytes: int | None = None
+    trained_tokens: int | None = None
+    decoding: dict[str, Any] = {}
+    speed: dict[str, Score] = {}
+    results: dict[str, dict[str, MetricScores]]
+    counts: dict[str, AnswerCounts] = {}
+
+
+class DatasetFacts(_Part):
+    """Size of a test set and the category of each example."""
+
+    n: int
+    categories: dict[str, str] = {}
+
+
+class _ScoresFile(_Part):
+    models: dict[str, _ModelScores]
+    datasets: dict[str, DatasetFacts]
+
+
+@dataclass(slots=True)
+class MergedModel:
+    """A model with the results of all files it occurs in.
+
+    Attributes:
+        path: How the recipe names the model, or its directory.
+        parameters: Number of parameters; None when it was not recorded. Likewise ``bytes`` on disk and the tokens the
+            model was trained on by kdkit.
+        decoding: Dataset to decoding settings.
+        speed: Speed and memory, from the first file that has them.
+        results: Dataset to metric to scores.
+        counts: Dataset to counts of answers.
+    """
+
+    path: str
+    parameters: int | None
+    bytes: int | None
+    trained_tokens: int | None
+    decoding: dict[str, dict[str, Any]] = field(default_factory=dict)
+    speed: dict[str, float | None] = field(default_factory=dict)
+    results: dict[str, dict[str, MetricScores]] = field(default_factory=dict)
+    counts: dict[str, AnswerCounts] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class MergedScores:
+    """All models and datasets, in the order the files give them; ``notes`` says what merging had to choose."""
+
+    models: dict[str, MergedModel] = field(default_factory=dict)
+    datasets: dict[str, DatasetFacts] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def read_scores(directories: Sequence[Path]) -> MergedScores:
+    """Read and merge the ``scores.json`` of each directory.
+
+    Raises:
+        DataError: A file is missing or malformed, or two files say different things under one name.
+    """
+    merged = MergedScores()
+    for directory in dict.fromkeys(directories):
+        file = directory / "scores.json"
+        scores = _read(file)
+        for name, facts in scores.datasets.items():
+            _agree(merged.datasets, name, facts, file=file, what=f"dataset {name!r}")
+        for name, model in scores.models.items():
+            _merge_model(merged, name, model, file)
+    if not any(results for model in merged.models.values() for results in model.results.values()):
+        raise DataError("there is no score to report", where=", ".join(map(str, directories)) or "scores")
+    return merged
+
+
+def _read(file: Path) -> _ScoresFile:
+    try:
+        scores = _ScoresFile.model_validate_json(file.read_bytes())
+    except OSError as error:
+        raise DataError(
+            f"cannot read the scores: {error.strerror}",
+            where=str(file),
+            hint="give the scores output of an evaluate stage",
+        ) from error
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"])) or "file"
+        raise DataError(f"not a scores file: {place}: {first['msg']}", where=str(file)) from error
+    for name, model in scores.models.items():
+        for dataset, results in model.results.items():
+            if dataset not in scores.datasets:
+                raise DataError(f"model {name!r} has results on unknown dataset {dataset!r}", where=str(file))
+            for metric, result in results.items():
+                _check(result, f"models.{name}.results.{dataset}.{metric}", file)
+    return scores
+
+
+def _check(result: MetricScores, place: str, file: Path) -> None:
+    n = len(result.per_example)
+    problem = None
+    if result.per_example and n != result.n:
+        problem = f"{n} per-example values for n = {result.n}"
+    elif result.weights is not None and len(result.weights) != n:
+        problem = f"{len(result.weights)} weights for {n} values"
+    elif result.weights is not None and not all(0 <= weight < math.inf for weight in result.weights):
+        problem = "a weight is negative or not finite"
+    elif len(result.ids) not in (0, n):
+        problem = f"{len(result.ids)} ids for {n} values"
+    elif len(set(result.ids)) != len(result.ids):
+        problem = "an id occurs twice"
+    if problem:
+        raise DataError(f"not a scores file: {place}: {problem}", where=str(file))
+
+
+def _merge_model(merged: MergedScores, name: str, new: _ModelScores, file: Path) -> None:
+    facts = ("path", "parameters", "bytes", "trained_tokens")
+    model = merged.models.setdefault(name, MergedModel(**{fact: getattr(new, fact) for fact in facts}))
+    for fact in facts:
+        if getattr(model, fact) != getattr(new, fact):
+            raise _conflict(f"model {name!r}: {fact}", getattr(model, fact), getattr(new, fact), file)
+    for dataset, results in new.results.items():
+        _agree(model.decoding, dataset, new.decoding, file=file, what=f"model {name!r} on {dataset!r}: decoding")
+        known = model.results.setdefault(dataset, {})
+        for metric, result in results.items():
+            _agree(known, metric, result, file=file, what=f"model {name!r}: {metric} on {dataset!r}")
+    for dataset, counts in new.counts.items():
+        _agree(model.counts, dataset, counts, file=file, what=f"model {name!r}: counts on {dataset!r}")
+    if model.speed and new.speed and model.speed != new.speed:
+        merged.notes.append(f"{name}: speed was measured several times; the first measurement is shown")
+    model.speed = model.speed or new.speed
+
+
+def _agree(known: dict[str, V], key: str, new: V, *, file: Path, what: str) -> None:
+    if known.setdefault(key, new) != new:
+        raise _conflict(what, None, None, file)
+
+
+def _conflict(what: str, old: Any, new: Any, file: Path) -> DataError:
+    values = f" ({old!r} and {new!r})" if old != new else ""
+    return DataError(
+        f"{what} differs between the scores to merge{values}",
+        where=str(file),
+        hint="give the two different names in their evaluate stages",
+    )

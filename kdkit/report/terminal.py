@@ -1,0 +1,101 @@
+"""The report in a terminal: tables that are split, not wrapped, when they do not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+from rich import box
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, JustifyMethod, RenderableType, RenderResult
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from kdkit.report import views
+from kdkit.report.views import Table
+
+__all__ = ["render_terminal"]
+
+_GUTTER: Final = 2
+"""Blanks between columns; the box draws one of them."""
+_LABEL: Final = 26
+"""Longest row label that is kept on one line."""
+
+
+def render_terminal(report: Mapping[str, Any]) -> RenderableType:
+    """The report for ``Console.print``; it adapts to the console's width."""
+    return _Rendered(report)
+
+
+class _Rendered:
+    def __init__(self, report: Mapping[str, Any]) -> None:
+        self.report = report
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for part in _parts(self.report):
+            if isinstance(part, Table):
+                yield from _tables(part, options.max_width)
+            else:
+                yield part
+        del console
+
+
+def _parts(report: Mapping[str, Any]) -> Iterator[Table | RenderableType]:
+    yield Text(f"Report: {report['recipe']}", style="bold")
+    yield views.models_table(report)
+    yield from views.scores_tables(report)
+    yield Text()
+    for line in (views.direction_line(report), views.legend(report)):
+        yield Text(line, style="dim")
+    for table in (views.gap_table(report), views.retention_table(report), *views.pair_tables(report)):
+        if table is not None:
+            yield table
+    for table in (views.speed_table(report), views.answers_table(report)):
+        if table is not None:
+            yield table
+    yield from _list("Decoding", views.decoding_lines(report))
+    yield from _list("Notes", report["notes"])
+    yield from _list("What these numbers do not say", views.limits(report))
+
+
+def _tables(table: Table, width: int) -> Iterator[RenderableType]:
+    """The table, split by columns into as many as the width asks for; each repeats the labels."""
+    yield Text()
+    yield Text(table.title, style="bold")
+    for number, columns in enumerate(_split(table, width)):
+        if number:
+            yield Text()
+        grid = RichTable(box=box.SIMPLE_HEAD, padding=(0, _GUTTER - 1, 0, 0), show_edge=False, pad_edge=False)
+        for index in columns:
+            text = index in table.text_columns
+            justify: JustifyMethod = "left" if text else "right"
+            grid.add_column(Text(table.header[index]), justify=justify, overflow="fold", no_wrap=not text)
+        for row in table.rows:
+            grid.add_row(*(Text(row[index]) for index in columns))
+        yield grid
+
+
+def _split(table: Table, width: int) -> Iterator[list[int]]:
+    label = min(_width(table, 0), _LABEL)
+    columns, used = [0], label
+    for index in range(1, len(table.header)):
+        needed = _GUTTER + _width(table, index)
+        if used + needed > width and len(columns) > 1 and index not in table.text_columns:
+            yield columns
+            columns, used = [0], label
+        columns.append(index)
+        used += needed
+    yield columns
+
+
+def _width(table: Table, index: int) -> int:
+    lines = [*table.header[index].split("\n"), *(row[index] for row in table.rows)]
+    return max(map(cell_len, lines))
+
+
+def _list(title: str, lines: list[str]) -> Iterator[RenderableType]:
+    if lines:
+        yield Text()
+        yield Text(title, style="bold")
+        for line in lines:
+            yield Text(f"- {line}")

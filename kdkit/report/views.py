@@ -1,0 +1,266 @@
+"""What a report shows, as titled tables of text: shared by the Markdown and the terminal rendering.
+
+Everything is derived from ``report.json``, so an old report can be shown again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from kdkit.report import ALPHA
+from kdkit.report.figures import MISSING, amount, measured, number, p_value, percent, share, size
+
+__all__ = [
+    "Table",
+    "answers_table",
+    "decoding_lines",
+    "direction_line",
+    "gap_table",
+    "legend",
+    "limits",
+    "models_table",
+    "pair_tables",
+    "retention_table",
+    "scores_tables",
+    "speed_table",
+    "verdict",
+]
+
+Report = Mapping[str, Any]
+
+_SAMPLING_ONLY: Final = ("temperature", "top_p", "top_k")
+_SAME: Final = "no significant difference"
+_SPEED: Final = {
+    "generated_tokens_per_s": ("tokens/s", number),
+    "prompts_per_s": ("prompts/s", number),
+    "peak_memory_bytes": ("peak memory", size),
+}
+_CAVEATS: Final = {
+    "rouge-l": "ROUGE-L counts shared words, not correctness; where answers resemble prompts, copying scores high.",
+    "exact-match": "Exact match gives no credit to a right answer in other words.",
+    "perplexity": "Perplexity compares only models with the same tokenizer, and says nothing about generated answers.",
+    "teacher-kl": "Closeness to the teacher is not quality: it rewards the teacher's mistakes as well.",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A table whose first column labels the rows.
+
+    Attributes:
+        title: Heading; empty for none.
+        header: One text per column; a line feed separates a name from its unit.
+        rows: Rows of as many cells.
+        text_columns: Columns of words, which may wrap; the others hold numbers.
+    """
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    text_columns: tuple[int, ...] = (0,)
+
+
+def models_table(report: Report) -> Table:
+    """Size and training of every model."""
+    rows = (
+        (name, amount(model["parameters"]), size(model["bytes"]), amount(model["trained_tokens"]))
+        for name, model in report["models"].items()
+    )
+    return Table("Models", ("model", "parameters", "on disk", "trained tokens"), tuple(rows))
+
+
+def scores_tables(report: Report) -> Iterator[Table]:
+    """One table per dataset: every model's score on every metric, with its interval and the mark for the reference."""
+    marks = dict(_marks(report))
+    for dataset, keys in _by_dataset(report).items():
+        entries = [
+            model["metrics"][key] for model in report["models"].values() for key in keys if key in model["metrics"]
+        ]
+        ns = [entry["n"] for entry in entries]
+        n = f"n = {min(ns):,}" + (f" to {max(ns):,}" if min(ns) < max(ns) else "")
+        header = ("model", *(_header(key, dataset, _metrics(report)[key]["unit"]) for key in keys))
+        rows = tuple((name, *(_score(report, name, key, marks) for key in keys)) for name in report["models"])
+        yield Table(f"Scores on {dataset} ({n})" if dataset else f"Scores ({n})", header, rows)
+
+
+def retention_table(report: Report) -> Table | None:
+    """Each model's share of the teacher's score; None when there is none to show."""
+    teacher = report["roles"]["teacher"]
+    return _share_table(report, report["retention"], f"Retention: share of {teacher}'s score")
+
+
+def gap_table(report: Report) -> Table | None:
+    """Each student's share of the gap closed; None when there is none to show."""
+    roles = report["roles"]
+    title = f"Gap closed: 0 % is {roles['baseline']}, 100 % is {roles['teacher']}"
+    return _share_table(report, report["gap_closed"], title)
+
+
+def pair_tables(report: Report) -> Iterator[Table]:
+    """One table of paired differences per metric."""
+    for key, first in _metrics(report).items():
+        higher = first["higher_is_better"]
+        rows = tuple(
+            (
+                f"{row['a']} - {row['b']}",
+                measured(row["difference"], row["ci95"], sign=True),
+                p_value(row["p"]),
+                verdict(row, higher_is_better=higher),
+            )
+            for row in report["pairs"]
+            if row["metric"] == key
+        )
+        if rows:
+            title = f"Differences in {key} ({'higher' if higher else 'lower'} is better)"
+            yield Table(title, ("pair", "difference", "p", "verdict"), rows, text_columns=(0, 3))
+
+
+def speed_table(report: Report) -> Table | None:
+    """Speed and memory while evaluating; None when nothing was measured."""
+    keys = [key for key in _SPEED if any(model["speed"].get(key) is not None for model in report["models"].values())]
+    rows = tuple(
+        (name, *(_SPEED[key][1](model["speed"].get(key)) for key in keys)) for name, model in report["models"].items()
+    )
+    return Table("Speed", ("model", *(_SPEED[key][0] for key in keys)), rows) if keys else None
+
+
+def answers_table(report: Report) -> Table | None:
+    """Answers that hit the token limit or are empty, by model and dataset; None when nothing was counted."""
+    several = len(report["datasets"]) > 1
+    rows = tuple(
+        (
+            f"{name} on {dataset}" if several else name,
+            f"{counts['n']:,}",
+            share(counts["truncated"], counts["n"]),
+            share(counts["empty"], counts["n"]),
+        )
+        for name, model in report["models"].items()
+        for dataset, counts in model["counts"].items()
+    )
+    return Table("Answers", ("model", "answers", "truncated", "empty"), rows) if rows else None
+
+
+def verdict(row: Mapping[str, Any], *, higher_is_better: bool) -> str:
+    """What a ``pairs`` entry says about its two models."""
+    if row["p"] is None:
+        return "no test on one example"
+    if row["p"] > ALPHA:
+        return _SAME
+    winner = row["a"] if (row["difference"] > 0) == higher_is_better else row["b"]
+    corrected = row["p_holm"] is None or row["p_holm"] <= ALPHA
+    return f"{winner} better" if corrected else f"{winner} better, not after correction"
+
+
+def direction_line(report: Report) -> str:
+    """Which metrics are better high and which low."""
+    datasets = {key: dataset for dataset, keys in _by_dataset(report).items() for key in keys}
+    parts = []
+    for word, wanted in (("Higher", True), ("Lower", False)):
+        keys = [key for key, first in _metrics(report).items() if first["higher_is_better"] is wanted]
+        names = dict.fromkeys(_bare(key, datasets[key]) for key in keys)
+        if names:
+            parts.append(f"{word} is better: {', '.join(names)}.")
+    return " ".join(parts)
+
+
+def legend(report: Report) -> str:
+    """How to read a score."""
+    text = "± is the longer arm of the 95 % bootstrap interval over examples."
+    if any(True for _ in _marks(report)):
+        text += (
+            f" (+) better, (-) worse than {report['roles']['reference']}, (=) {_SAME}"
+            f" (paired permutation test, p <= {ALPHA} after Holm's correction)."
+        )
+    return text
+
+
+def decoding_lines(report: Report) -> list[str]:
+    """The decoding of each dataset as ``name = value``, without settings that greedy decoding ignores."""
+    lines = []
+    for dataset, settings in report["decoding"].items():
+        idle = _SAMPLING_ONLY if settings.get("do_sample") is False else ()
+        texts = [f"{key} = {_setting(value)}" for key, value in settings.items() if key not in idle]
+        if texts:
+            lines.append(f"{dataset}: {', '.join(texts)}")
+    return lines
+
+
+def limits(report: Report) -> list[str]:
+    """What the numbers do not say."""
+    once = f"Every model was trained once (seed {report['seed']})"
+    unseen = "the spread between training seeds, which can be as large as the differences shown"
+    lines = [f"{once}: the intervals cover the choice of test examples, not {unseen}."]
+    lines.append("Trained tokens are those of kdkit's own stages; what a model saw before is not counted.")
+    if any(s.get("do_sample") for m in report["models"].values() for s in m["decoding"].values()):
+        lines.append("Answers were sampled once; another draw gives other scores, and the intervals do not cover that.")
+    if report["pairs"]:
+        chance = f"one in 20 falls below {ALPHA} where no model differs"
+        removed = 'the verdict "not after correction" marks those that Holm\'s correction per metric removes'
+        lines.append(f"p is not corrected for the {len(report['pairs'])} comparisons here: {chance}; {removed}.")
+        lines.append('"No significant difference" is not "equal": the interval says how large it may be.')
+    names = {key.rpartition("/")[2] for key in _metrics(report)}
+    return lines + [text for name, text in _CAVEATS.items() if name in names]
+
+
+def _metrics(report: Report) -> dict[str, Mapping[str, Any]]:
+    """Metric to the first model's entry, in the order of the report."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for model in report["models"].values():
+        for key, entry in model["metrics"].items():
+            found.setdefault(key, entry)
+    return found
+
+
+def _by_dataset(report: Report) -> dict[str, list[str]]:
+    """Dataset to its metric keys; the one dataset of a report is called ``""``, as keys do not name it."""
+    found: dict[str, list[str]] = {}
+    for key in _metrics(report):
+        fitting = [name for name in report["datasets"] if len(report["datasets"]) > 1 and key.startswith(f"{name}/")]
+        found.setdefault(max(fitting, key=len, default=""), []).append(key)
+    return found
+
+
+def _bare(key: str, dataset: str) -> str:
+    return key.removeprefix(f"{dataset}/") if dataset else key
+
+
+def _header(key: str, dataset: str, unit: str) -> str:
+    name = _bare(key, dataset)
+    return f"{name}\n({unit})" if unit else name
+
+
+def _score(report: Report, name: str, key: str, marks: Mapping[tuple[str, str], str]) -> str:
+    entry = report["models"][name]["metrics"].get(key)
+    text = measured(entry["value"], entry["ci95"]) if entry else MISSING
+    return f"{text} {marks[name, key]}" if (name, key) in marks else text
+
+
+def _marks(report: Report) -> Iterator[tuple[tuple[str, str], str]]:
+    """``(model, metric)`` to its mark against the reference."""
+    reference, metrics = report["roles"]["reference"], _metrics(report)
+    for row in report["pairs"]:
+        if reference not in (row["a"], row["b"]) or row["p_holm"] is None:
+            continue
+        other = row["b"] if row["a"] == reference else row["a"]
+        delta = row["difference"] if other == row["a"] else -row["difference"]
+        if row["p_holm"] > ALPHA:
+            mark = "(=)"
+        else:
+            mark = "(+)" if (delta > 0) == metrics[row["metric"]]["higher_is_better"] else "(-)"
+        yield (other, row["metric"]), mark
+
+
+def _share_table(report: Report, entries: Sequence[Mapping[str, Any]], title: str) -> Table | None:
+    keys = list(dict.fromkeys(entry["metric"] for entry in entries))
+    datasets = {key: dataset for dataset, known in _by_dataset(report).items() for key in known if key in keys}
+    cells = {(entry["model"], entry["metric"]): percent(entry["value"], entry["ci95"]) for entry in entries}
+    models = [name for name in report["models"] if any((name, key) in cells for key in keys)]
+    rows = tuple((name, *(cells.get((name, key), MISSING) for key in keys)) for name in models)
+    header = (f"{dataset}/\n{_bare(key, dataset)}" if dataset else key for key, dataset in datasets.items())
+    return Table(title, ("model", *header), rows) if rows else None
+
+
+def _setting(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

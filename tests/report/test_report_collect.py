@@ -1,0 +1,385 @@
+from __future__ import annotations
+
+import json
+import math
+
+import jsonschema
+import numpy as np
+import pytest
+from made_up_scores import metric, model, study
+
+from kdkit.api.errors import DataError
+from kdkit.report.collect import collect, write_report
+from kdkit.report.compare import Roles, ordered_pairs
+
+NUMBER = {"type": ["number", "null"]}
+CI95 = {
+    "oneOf": [{"type": "null"}, {"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 2}],
+}
+
+
+def entry(required, **properties):
+    return {"type": "object", "required": [*properties, *required], "properties": properties}
+
+
+TEXT = {"type": "string"}
+SCHEMA = entry(
+    [],
+    recipe=TEXT,
+    seed={"type": "integer"},
+    models={
+        "type": "object",
+        "additionalProperties": entry(
+            ["path", "parameters", "bytes", "trained_tokens", "speed", "counts"],
+            metrics={
+                "type": "object",
+                "additionalProperties": entry(
+                    [], value=NUMBER, n={"type": "integer"}, ci95=CI95, higher_is_better={"type": "boolean"}, unit=TEXT
+                ),
+            },
+        ),
+    },
+    pairs={
+        "type": "array",
+        "items": entry(
+            [], a=TEXT, b=TEXT, metric=TEXT, difference={"type": "number"}, ci95=CI95, p=NUMBER, n={"type": "integer"}
+        ),
+    },
+    retention={"type": "array", "items": entry([], model=TEXT, of=TEXT, metric=TEXT, value=NUMBER, ci95=CI95)},
+    gap_closed={
+        "type": "array",
+        "items": entry([], model=TEXT, metric=TEXT, base=TEXT, teacher=TEXT, value=NUMBER, ci95=CI95),
+    },
+    decoding={"type": "object"},
+    notes={"type": "array", "items": TEXT},
+)
+
+
+def report(directory, **changes):
+    return collect([directory], **{"recipe": "demo", "seed": 17, **changes})
+
+
+def simple(write, datasets=("d",), **values):
+    """Models by name, each with one plain metric."""
+    return write({name: model({d: {"rouge-l": metric(x)} for d in datasets}) for name, x in values.items()})
+
+
+def find(rows, **wanted):
+    (row,) = [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+    return row
+
+
+@pytest.mark.parametrize("datasets", [("dolly",), ("dolly", "bugnet")])
+def test_report_json_has_the_contracted_form(write, tmp_path, datasets) -> None:
+    data = report(write(study(datasets, n=60)))
+    write_report(data, tmp_path / "out")
+    text = (tmp_path / "out" / "report.json").read_text()
+    assert json.loads(text) == data
+    jsonschema.validate(json.loads(text), SCHEMA)
+    assert data["recipe"] == "demo"
+    assert data["seed"] == 17
+    keys = {"rouge-l", "exact-match", "perplexity", "teacher-kl"}
+    wanted = keys if len(datasets) == 1 else {f"{d}/{k}" for d in datasets for k in keys}
+    assert all(set(entry["metrics"]) == wanted for entry in data["models"].values())
+    assert list(data["models"]) == ["base", "sft", "kd", "kd-int4", "teacher"]
+
+
+def test_the_report_repeats_byte_for_byte(write) -> None:
+    directory = write(study(n=40))
+    assert json.dumps(report(directory)) == json.dumps(report(directory))
+    changed = report(directory, bootstrap_seed=5)
+    assert (
+        changed["models"]["kd"]["metrics"]["rouge-l"]["ci95"]
+        != report(directory)["models"]["kd"]["metrics"]["rouge-l"]["ci95"]
+    )
+
+
+def test_value_n_and_interval(write) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(30, 10, 400)
+    found = report(simple(write, a=x))["models"]["a"]["metrics"]["rouge-l"]
+    assert (found["value"], found["n"]) == (pytest.approx(x.mean()), 400)
+    arm = 1.96 * x.std() / math.sqrt(400)
+    assert found["ci95"] == pytest.approx([x.mean() - arm, x.mean() + arm], abs=0.15 * arm)
+
+
+def test_pairs_are_students_with_base_each_other_and_teacher() -> None:
+    names = ["base", "sft", "kd", "teacher"]
+    pairs = ordered_pairs(names, Roles("teacher", "base", "base"))
+    assert pairs == [
+        ("sft", "base"),
+        ("kd", "base"),
+        ("kd", "sft"),
+        ("sft", "teacher"),
+        ("kd", "teacher"),
+        ("teacher", "base"),
+    ]
+    assert ordered_pairs(["a", "b", "c"], Roles()) == [("b", "a"), ("c", "a"), ("c", "b")]
+    assert ordered_pairs(["a", "b", "c"], Roles(reference="b")) == [("a", "b"), ("c", "a"), ("c", "b")]
+
+
+def test_pair_difference_p_and_correction(write) -> None:
+    rng = np.random.default_rng(1)
+    base = rng.normal(10, 3, 80)
+    data = report(simple(write, base=base, sft=base + rng.normal(0, 2, 80), kd=base + 5 + rng.normal(0, 2, 80)))
+    clear = find(data["pairs"], a="kd", b="base")
+    assert clear["difference"] == pytest.approx(5, abs=0.6)
+    assert clear["ci95"][0] > 4
+    assert clear["p"] == pytest.approx(1 / 10_001)
+    assert clear["p_holm"] == pytest.approx(3 / 10_001)
+    assert clear["n"] == 80
+    assert find(data["pairs"], a="sft", b="base")["p"] > 0.05
+
+
+def test_retention_is_the_share_of_the_teachers_score(write) -> None:
+    rng = np.random.default_rng(2)
+    base = rng.uniform(5, 10, 100)
+    data = report(simple(write, base=base, kd=base * 1.6, teacher=base * 2))
+    row = find(data["retention"], model="kd")
+    assert (row["of"], row["metric"], row["n"]) == ("teacher", "rouge-l", 100)
+    assert row["value"] == pytest.approx(0.8, rel=1e-12)
+    # The ratio is the same on every example, so there is no spread to show.
+    assert row["ci95"] is None
+    assert any("same number" in note for note in data["notes"])
+    assert find(data["retention"], model="base")["value"] == pytest.approx(0.5)
+    assert all(row["model"] != "teacher" for row in data["retention"])
+
+
+def test_retention_interval_is_that_of_the_paired_ratio(write) -> None:
+    rng = np.random.default_rng(3)
+    teacher = rng.uniform(10, 50, 200)
+    kd = 0.8 * teacher + rng.normal(0, 4, 200)
+    row = find(report(simple(write, teacher=teacher, kd=kd))["retention"], model="kd")
+    index = np.random.default_rng(0).integers(0, 200, size=(20_000, 200))
+    brute = np.quantile(kd[index].mean(axis=1) / teacher[index].mean(axis=1), [0.025, 0.975])
+    assert row["value"] == pytest.approx(kd.mean() / teacher.mean())
+    assert row["ci95"] == pytest.approx(brute, abs=0.003)
+
+
+def test_gap_closed_by_hand_for_perplexity(write) -> None:
+    rng = np.random.default_rng(4)
+    tokens = rng.integers(5, 50, 150)
+    hard = rng.normal(0, 0.3, 150)
+    level = {"base": 3.0, "kd": 2.4, "teacher": 2.0}
+    nll = {name: mean + hard + rng.normal(0, 0.05, 150) for name, mean in level.items()}
+    models = {
+        name: model({"d": {"perplexity": metric(x, weights=tokens, link="exp", higher=False)}})
+        for name, x in nll.items()
+    }
+    data = report(write(models))
+    row = find(data["gap_closed"], model="kd")
+    ppl = {name: math.exp((x * tokens).sum() / tokens.sum()) for name, x in nll.items()}
+    assert row["value"] == pytest.approx((ppl["base"] - ppl["kd"]) / (ppl["base"] - ppl["teacher"]))
+    index = np.random.default_rng(0).integers(0, 150, size=(20_000, 150))
+    drawn = {n: np.exp((x * tokens)[index].sum(axis=1) / tokens[index].sum(axis=1)) for n, x in nll.items()}
+    brute = np.quantile((drawn["base"] - drawn["kd"]) / (drawn["base"] - drawn["teacher"]), [0.025, 0.975])
+    assert row["ci95"] == pytest.approx(brute, abs=0.002)
+    assert (row["base"], row["teacher"]) == ("base", "teacher")
+    assert data["retention"] == []
+
+
+def test_the_teachers_kl_of_zero_is_the_end_of_the_gap(write) -> None:
+    rng = np.random.default_rng(5)
+    kl = {"base": rng.uniform(0.8, 1.2, 50), "kd": rng.uniform(0.1, 0.3, 50), "teacher": np.zeros(50)}
+    data = report(write({n: model({"d": {"teacher-kl": metric(x, higher=False)}}) for n, x in kl.items()}))
+    teacher = data["models"]["teacher"]["metrics"]["teacher-kl"]
+    assert (teacher["value"], teacher["ci95"]) == (0.0, None)
+    row = find(data["gap_closed"], model="kd")
+    assert row["value"] == pytest.approx(1 - kl["kd"].mean() / kl["base"].mean())
+    assert row["ci95"][0] < row["value"] < row["ci95"][1]
+
+
+def test_no_share_of_a_gap_that_is_not_clear(write) -> None:
+    rng = np.random.default_rng(6)
+    base = rng.uniform(10, 40, 60)
+    data = report(simple(write, base=base, kd=base + 1, teacher=base + rng.normal(0, 5, 60)))
+    assert data["retention"] == []
+    assert data["gap_closed"] == []
+    assert any(note.startswith("no gap to close") for note in data["notes"])
+    assert any(note.startswith("no retention") for note in data["notes"])
+
+
+def test_no_share_of_a_teacher_that_is_worse_than_the_base(write) -> None:
+    x = np.linspace(10, 40, 50)
+    data = report(simple(write, base=x + 5, kd=x + 2, teacher=x))
+    assert data["retention"] == []
+    assert data["gap_closed"] == []
+
+
+@pytest.mark.parametrize(("baseline", "shown"), [(False, False), (True, False)])
+def test_a_teacher_at_zero_gives_no_retention(write, baseline, shown) -> None:
+    models = {"kd": np.linspace(0, 1, 20), "teacher": np.zeros(20)} | ({"base": np.zeros(20)} if baseline else {})
+    data = report(simple(write, **models))
+    assert bool(data["retention"]) is shown
+    assert any("not clearly above zero" in note for note in data["notes"])
+
+
+def test_no_share_where_the_common_examples_show_no_teacher(write) -> None:
+    ids = [f"row-{i}" for i in range(40)]
+    scores = {
+        "base": metric([10.0] * 38 + [50.0] * 2, ids=ids),
+        "teacher": metric([90.0] * 38 + [0.0] * 2, ids=ids),
+        "kd": metric([5.0, 6.0], ids=ids[38:]),
+        "elsewhere": metric([5.0, 6.0], ids=["p", "q"]),
+    }
+    data = report(write({name: model({"d": {"m": part}}) for name, part in scores.items()}, datasets={"d": {"n": 42}}))
+    assert data["gap_closed"] == []
+    assert [row["model"] for row in data["retention"]] == ["base"]
+    (note,) = [note for note in data["notes"] if note.startswith("not given")]
+    assert all(
+        f"{what} {name} on m" in note for what in ("retention of", "gap closed by") for name in ("kd", "elsewhere")
+    )
+
+
+def test_one_example_gives_no_retention(write) -> None:
+    assert report(simple(write, kd=[50.0], teacher=[100.0]))["retention"] == []
+
+
+def test_a_teacher_that_is_always_right_gives_retention(write) -> None:
+    data = report(simple(write, kd=[100.0, 0.0] * 10, teacher=[100.0] * 20))
+    assert find(data["retention"], model="kd")["value"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("values", "note"),
+    [([5.0], "only one example"), ([5.0, 5.0, 5.0], "every example has the same score"), ([], "no example was scored")],
+)
+def test_too_little_for_an_interval_is_null_with_a_note(write, values, note) -> None:
+    data = report(simple(write, base=values, teacher=values))
+    found = data["models"]["base"]["metrics"]["rouge-l"]
+    assert found["ci95"] is None
+    assert found["value"] == (5.0 if values else None)
+    assert found["n"] == len(values)
+    assert any(note in line for line in data["notes"])
+    assert all(row["ci95"] is None for row in data["pairs"])
+    assert json.dumps(data, allow_nan=False)
+
+
+def test_one_example_has_a_difference_but_no_test(write) -> None:
+    (row,) = report(simple(write, base=[1.0], kd=[3.0]))["pairs"]
+    assert (row["difference"], row["ci95"], row["p"], row["p_holm"], row["n"]) == (2.0, None, None, None, 1)
+
+
+def test_undefined_scores_are_null_with_a_note(write) -> None:
+    models = {name: model({"d": {"reward": metric([1.0, 2.0, 3.0])}}) for name in ("a", "b")}
+    models["a"]["results"]["d"]["reward"]["per_example"][1] = math.nan
+    models["a"]["results"]["d"]["reward"]["value"] = math.nan
+    data = report(write(models))
+    assert data["models"]["a"]["metrics"]["reward"]["value"] is None
+    assert data["pairs"] == []
+    assert any("undefined for some examples" in note and "reward of a" in note for note in data["notes"])
+
+
+def test_a_perplexity_beyond_floats_is_null_with_a_note(write) -> None:
+    part = metric([800.0, 900.0], higher=False) | {"link": "exp", "value": None}
+    found = report(write({"a": model({"d": {"perplexity": part}})}))
+    assert found["models"]["a"]["metrics"]["perplexity"]["value"] is None
+    assert any("too large" in note for note in found["notes"])
+
+
+def test_a_metric_that_is_no_mean_keeps_its_value_without_interval(write) -> None:
+    part = metric([1.0, 2.0, 3.0]) | {"value": 42.0}
+    models = {"a": model({"d": {"bleu": part}}), "b": model({"d": {"bleu": metric([1.0, 2.0, 4.0])}})}
+    data = report(write(models))
+    assert data["models"]["a"]["metrics"]["bleu"] | {"unit": ""} == {
+        "value": 42.0,
+        "n": 3,
+        "ci95": None,
+        "higher_is_better": True,
+        "unit": "",
+    }
+    assert data["pairs"] == []
+    assert any("not the mean" in note for note in data["notes"])
+
+
+def test_examples_without_tokens_are_left_out_and_noted(write) -> None:
+    part = metric([1.0, 2.0, 9.0], weights=[1, 3, 0])
+    data = report(write({"a": model({"d": {"nll": part}})}))
+    assert data["models"]["a"]["metrics"]["nll"]["n"] == 2
+    assert data["models"]["a"]["metrics"]["nll"]["value"] == 1.75
+    assert any("without a token" in note for note in data["notes"])
+
+
+def test_models_with_different_examples_are_compared_on_the_common_ones(write) -> None:
+    models = {
+        "base": model({"d": {"rouge-l": metric([1.0, 2.0, 3.0], ids=["x", "y", "z"])}}),
+        "kd": model({"d": {"rouge-l": metric([9.0, 4.0], ids=["y", "x"])}}),
+    }
+    data = report(write(models, datasets={"d": {"n": 3}}))
+    (row,) = data["pairs"]
+    assert (row["difference"], row["n"]) == (5.0, 2)
+    assert any("only on the examples" in note and "n = 2" in note for note in data["notes"])
+
+
+def test_scores_without_ids_have_intervals_but_no_pairs(write) -> None:
+    models = {name: model({"d": {"rouge-l": metric([1.0, 2.0, 4.0], ids=[])}}) for name in ("a", "b")}
+    data = report(write(models))
+    assert data["models"]["a"]["metrics"]["rouge-l"]["ci95"] is not None
+    assert data["pairs"] == []
+    assert any("want of common example ids" in note for note in data["notes"])
+
+
+def test_a_model_without_a_metric_is_left_out_of_it(write) -> None:
+    models = {
+        "base": model({"d": {"rouge-l": metric([1.0, 2.0]), "f1": metric([1.0, 2.0])}}),
+        "kd": model({"d": {"rouge-l": metric([1.0, 3.0])}}),
+    }
+    data = report(write(models))
+    assert set(data["models"]["kd"]["metrics"]) == {"rouge-l"}
+    assert {row["metric"] for row in data["pairs"]} == {"rouge-l"}
+
+
+def test_a_metric_with_two_directions_is_an_error(write) -> None:
+    models = {"a": model({"d": {"m": metric([1.0])}}), "b": model({"d": {"m": metric([1.0], higher=False)}})}
+    with pytest.raises(DataError, match="m on 'd' has another direction"):
+        report(write(models))
+
+
+def test_roles_by_their_usual_names(write) -> None:
+    directory = simple(write, base=[1.0, 2.0], kd=[2.0, 3.0], teacher=[3.0, 4.0])
+    assert report(directory)["roles"] == {"teacher": "teacher", "baseline": "base", "reference": "base"}
+    chosen = report(directory, teacher="kd", baseline="teacher", reference="kd")["roles"]
+    assert chosen == {"teacher": "kd", "baseline": "teacher", "reference": "kd"}
+
+
+def test_no_roles_no_shares(write) -> None:
+    data = report(simple(write, a=[1.0, 2.0], b=[2.0, 4.0]))
+    assert data["roles"] == {"teacher": None, "baseline": None, "reference": None}
+    assert (data["retention"], data["gap_closed"]) == ([], [])
+
+
+def test_an_unknown_role_is_an_error_with_a_suggestion(write) -> None:
+    directory = simple(write, base=[1.0], techer=[2.0])
+    with pytest.raises(
+        DataError, match=r"report\.teacher: no evaluated model .*'teacher'.*allowed: base, techer.*'techer'"
+    ):
+        report(directory, teacher="teacher")
+    with pytest.raises(DataError, match="both teacher and baseline"):
+        report(directory, teacher="base", baseline="base")
+
+
+def test_shared_decoding_is_shown_and_differences_are_noted(write) -> None:
+    settings = {"do_sample": True, "temperature": 1.0}
+    models = {
+        "a": model({"d": {"rouge-l": metric([1.0])}}, decoding=settings),
+        "b": model({"d": {"rouge-l": metric([1.0])}}, decoding=settings | {"temperature": 0.7}),
+        "copy": model({"d": {"rouge-l": metric([1.0])}}, decoding={}),
+    }
+    data = report(write(models))
+    assert data["decoding"] == {"d": {"do_sample": True}}
+    assert any("decoding differs" in note and "temperature (d)" in note for note in data["notes"])
+    assert data["models"]["b"]["decoding"]["d"]["temperature"] == 0.7
+
+
+def test_unequal_training_is_noted(write) -> None:
+    part = {"d": {"rouge-l": metric([1.0])}}
+    models = {
+        "base": model(part),
+        "sft": model(part, trained_tokens=1_000_000),
+        "kd": model(part, trained_tokens=4_000_000),
+        "teacher": model(part, trained_tokens=50_000_000),
+    }
+    notes = report(write(models))["notes"]
+    assert any("kd was trained on 4 times the tokens of sft" in note for note in notes)
+    models["kd"] = model(part, trained_tokens=1_010_000)
+    assert not any("times the tokens" in note for note in report(write(models, "equal"))["notes"])
