@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from kdkit.api.errors import EnvironmentUnmet, ModelError
+from kdkit.models.files import write_errors
 
 __all__ = ["ADD_ONS", "MODEL_FILES", "NotOnHubError", "is_offline", "snapshot"]
 
@@ -56,19 +57,22 @@ def snapshot(repo: str, *, revision: str | None, cache_only: bool, into: Path | 
     Raises:
         NotOnHubError: No network (or none allowed) and nothing cached.
         ModelError: The Hub has no such model or revision, or wants a licence accepted first.
+        EnvironmentUnmet: The disk is full or the cache cannot be written.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, HTTPError
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 
     try:
-        found = snapshot_download(
-            repo,
-            revision=revision,
-            local_files_only=cache_only,
-            local_dir=into,
-            allow_patterns=list(MODEL_FILES),
-            ignore_patterns=list(ADD_ONS),
-        )
+        with write_errors(into or Path(HF_HUB_CACHE)):
+            found = snapshot_download(
+                repo,
+                revision=revision,
+                local_files_only=cache_only,
+                local_dir=into,
+                allow_patterns=list(MODEL_FILES),
+                ignore_patterns=list(ADD_ONS),
+            )
     except HFValidationError as error:
         raise ModelError(f"{repo!r} is no Hub id: {error}", allowed="org/name") from error
     except HfHubHTTPError as error:

@@ -38,16 +38,17 @@ def locate(literal: str, *, base_dir: Path, revision: str | None = None, offline
         ModelError: No such directory or name, or the directory is not a complete model.
         EnvironmentUnmet: The model has to be fetched first and cannot be.
     """
+    is_hub_id = literal.count("/") == 1 and all(literal.split("/")) and not literal.startswith((".", "~"))
+    if revision is not None and not is_hub_id:
+        raise ModelError(f"a revision ({revision!r}) belongs to a Hub id (org/name) only", where=literal)
     if literal in {".", ".."} or literal.startswith(("./", "../", "/", "~")):
         found = _local(literal, base_dir)
-    elif literal.count("/") == 1 and all(literal.split("/")):
+    elif is_hub_id:
         found = _hub(literal, revision, offline=offline or is_offline())
     elif literal in KNOWN:
         found = _known(KNOWN[literal])
     else:
         raise _unknown(literal, base_dir)
-    if revision is not None and literal.count("/") != 1:
-        raise ModelError(f"a revision ({revision!r}) belongs to a Hub id (org/name) only", where=literal)
     check_directory(found, where=literal)
     return found
 
@@ -58,7 +59,7 @@ def check_directory(path: Path, *, where: str | None = None) -> None:
     Raises:
         ModelError: One line that names what is missing.
     """
-    where = where if where is not None and Path(where) == path else f"{where} ({path})" if where else str(path)
+    where = f"{where} ({path})" if where not in {None, str(path)} else str(path)
     if not path.exists():
         raise ModelError("no such directory", where=where, hint="write a model directory that save_pretrained made")
     if not path.is_dir():

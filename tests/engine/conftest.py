@@ -29,6 +29,8 @@ class Project:
     """A directory with a recipe and a plugin file; it is the current directory."""
 
     root: Path
+    one: str = ONE
+    chain: str = CHAIN
 
     def recipe(self, stages: str = CHAIN, *, seed: int = 3, name: str = "demo", more: str = "") -> Path:
         path = self.root / "recipe.yaml"

@@ -162,7 +162,7 @@ def test_same_key_quoted_is_a_duplicate():
         ("a: b: c", "r.yaml:1:5:", "a ':' is not allowed here"),
         ("a:\n  b: 1\n c: 2", "r.yaml:3:2:", "indentation"),
         ("a: @b", "r.yaml:1:4: a:", "cannot start with @"),
-        ("a\n{b}", "r.yaml:2:1:", "text that belongs to nothing"),
+        ("{a: 1}\nb: 2", "r.yaml:2:1:", "text that belongs to nothing"),
         ("a: {m: ${vars.x}}", "r.yaml:1:9: a:", 'quote a reference: "${vars.x}"'),
         ('a: "\\0"', "r.yaml:1:4: a:", "control character U+0000"),
         ('a: "\\ud800"', "r.yaml:1:4: a:", "surrogate"),

@@ -87,13 +87,21 @@ def _write(file: Path, chunk: Sequence[Example], completions: Sequence[Completio
 
 
 def _collect(files: Sequence[Path], target: Path) -> dict[str, int]:
-    counts = {"kept": 0, "truncated": 0, "empty": 0}
+    counts = {"kept": 0, "truncated": 0, "empty": 0, "with a NUL": 0}
     with target.open("w", encoding="utf-8") as out:
         for file in files:
             for line in file.read_text(encoding="utf-8").split("\n")[:-1]:
                 row = json.loads(line)
-                what = "truncated" if row["truncated"] else "kept" if row["example"]["completion"].strip() else "empty"
+                what = _verdict(row["example"]["completion"], truncated=row["truncated"])
                 counts[what] += 1
                 if what == "kept":
                     out.write(json.dumps(row["example"], ensure_ascii=False) + "\n")
     return counts
+
+
+def _verdict(answer: str, *, truncated: bool) -> str:
+    if truncated:
+        return "truncated"
+    if "\0" in answer:  # readers of text files refuse it
+        return "with a NUL"
+    return "kept" if answer.strip() else "empty"

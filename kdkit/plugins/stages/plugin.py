@@ -102,9 +102,11 @@ class ReportParams(Params):
     scores: list[Ref[Scores]] = Field(min_length=1)
     """Outputs of evaluate stages."""
     teacher: str | None = None
-    """Name of the teacher among the evaluated models, for retention and the closed gap."""
+    """Name of the teacher among the evaluated models, for retention and the closed gap; ``teacher`` when there is one."""
     baseline: str | None = None
-    """Name of the untrained student among the evaluated models, for the closed gap."""
+    """Name of the untrained student among them, for the closed gap; ``base`` or ``baseline`` when there is one."""
+    reference: str | None = None
+    """The model that the marks in the table compare with; the baseline when there is one."""
 
 
 def _sft(params: SftParams, ctx: StageContext) -> StageOutputs:

@@ -28,6 +28,7 @@ def run(params: ReportParams, ctx: StageContext) -> StageOutputs:
         bootstrap_seed=ctx.seed_for("report"),
         teacher=params.teacher,
         baseline=params.baseline,
+        reference=params.reference,
     )
     out = ctx.out / "report"
     write_report(report, out)

@@ -1,0 +1,255 @@
+"""The ``kdkit`` command: signatures only. Bodies are imported when a command runs, so that ``--help`` is instant."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Final, NoReturn
+
+import typer
+
+from kdkit.api.errors import KdkitError
+
+__all__ = ["app", "main"]
+
+_SETTINGS: Final = {"help_option_names": ["-h", "--help"]}
+
+
+def _group(summary: str) -> typer.Typer:
+    return typer.Typer(
+        help=summary,
+        no_args_is_help=True,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        context_settings=_SETTINGS,
+    )
+
+
+app = _group("Turn a large language model into a small one from one YAML recipe.")
+plugins_app = _group("See what is installed.")
+runs_app = _group("Look at earlier runs.")
+models_app = _group("Fetch and shrink models.")
+app.add_typer(plugins_app, name="plugins")
+app.add_typer(runs_app, name="runs")
+app.add_typer(models_app, name="models")
+
+Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file.")]
+Sets = Annotated[
+    list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Override, as in stages.kd.max_steps=50.")
+]
+Variables = Annotated[
+    list[str] | None, typer.Option("--var", metavar="NAME=VALUE", help="Value of a variable of the recipe.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Parent of the run directories.")]
+First = Annotated[
+    str | None, typer.Option("--from", metavar="STAGE", help="Only this stage and those that depend on it.")
+]
+Until = Annotated[str | None, typer.Option("--until", metavar="STAGE", help="Only this stage and those it depends on.")]
+Only = Annotated[list[str] | None, typer.Option("--only", metavar="STAGE", help="Only this stage; repeatable.")]
+Force = Annotated[
+    list[str] | None, typer.Option("--force", metavar="STAGE", help="Run again although it is done; repeatable.")
+]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Throw checkpoints away instead of resuming.")]
+Run = Annotated[str, typer.Argument(metavar="RUN", help="Run directory, RECIPE/TIME, or a recipe's name: its latest.")]
+_RUNS: Final = Path("runs")
+
+
+def _print_version(value: bool) -> None:  # noqa: FBT001 - typer calls it with the option's value
+    if value:
+        import kdkit
+
+        typer.echo(f"kdkit {kdkit.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    *,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Add the traceback to errors; may stand anywhere.")] = False,
+) -> None:
+    """Turn a large language model into a small one from one YAML recipe.
+
+    Results go to stdout, logs to stderr. Exit codes: 0 ok, 1 a stage failed, 2 usage or recipe invalid, 3 plugin
+    missing or broken, 4 environment unmet, 5 quality gate missed, 130/143 stopped by a signal.
+    """
+
+
+@app.command()
+def run(
+    recipe: Recipe,
+    *,
+    sets: Sets = None,
+    variables: Variables = None,
+    out: Out = _RUNS,
+    first: First = None,
+    until: Until = None,
+    only: Only = None,
+    force: Force = None,
+    fresh: Fresh = False,
+    inline: Annotated[bool, typer.Option("--inline", help="Run every stage in this process, to debug it.")] = False,
+) -> None:
+    """Run a recipe: finished stages are reused, an interrupted one resumes."""
+    from kdkit.cli.run import run as body
+    from kdkit.engine.selection import Selection
+
+    chosen = Selection(first=first, until=until, only=tuple(only or ()), force=tuple(force or ()), fresh=fresh)
+    raise typer.Exit(body(recipe, sets or [], variables or [], out, chosen, inline=inline))
+
+
+@app.command()
+def plan(
+    recipe: Recipe,
+    *,
+    sets: Sets = None,
+    variables: Variables = None,
+    first: First = None,
+    until: Until = None,
+    only: Only = None,
+    force: Force = None,
+    fresh: Fresh = False,
+    as_json: Json = False,
+) -> None:
+    """Show what a run would do with each stage, and why."""
+    from kdkit.cli.plan import plan as body
+    from kdkit.engine.selection import Selection
+
+    chosen = Selection(first=first, until=until, only=tuple(only or ()), force=tuple(force or ()), fresh=fresh)
+    raise typer.Exit(body(recipe, sets or [], variables or [], chosen, as_json=as_json))
+
+
+@app.command()
+def validate(
+    recipes: Annotated[list[Path], typer.Argument(metavar="RECIPE...", help="Recipe files.")],
+    *,
+    sets: Sets = None,
+    variables: Variables = None,
+    as_json: Json = False,
+) -> None:
+    """Check recipes completely without running anything."""
+    from kdkit.cli.validate import validate as body
+
+    raise typer.Exit(body(recipes, sets or [], variables or [], as_json))
+
+
+@app.command()
+def report(
+    run: Annotated[
+        str | None, typer.Argument(metavar="[RUN]", help="Run directory or recipe; default: latest.")
+    ] = None,
+    *,
+    as_json: Json = False,
+) -> None:
+    """Print the report of a run."""
+    from kdkit.cli.report import report as body
+
+    raise typer.Exit(body(run, as_json))
+
+
+@app.command()
+def doctor(*, as_json: Json = False) -> None:
+    """Say what this machine offers and what is missing. Needs no network."""
+    from kdkit.cli.doctor import doctor as body
+
+    raise typer.Exit(body(as_json=as_json))
+
+
+@app.command()
+def schema(
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Write it to a file.")] = None,
+) -> None:
+    """Write the JSON schema of recipes, for editors."""
+    from kdkit.cli.validate import schema as body
+
+    raise typer.Exit(body(out))
+
+
+@plugins_app.command("list")
+def plugins_list(
+    *,
+    kind: Annotated[str | None, typer.Option("--kind", metavar="KIND", help="Only this kind, such as loss.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List all components and the plugins that are broken."""
+    from kdkit.cli.plugins import list_plugins
+
+    raise typer.Exit(list_plugins(as_json, kind))
+
+
+@plugins_app.command("show")
+def plugins_show(
+    kind: Annotated[str, typer.Argument(metavar="[KIND]", help="Such as loss; may be left out.")],
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="A component, or a distribution.")] = None,
+    *,
+    as_json: Json = False,
+) -> None:
+    """Show a component's parameters with a snippet for a recipe, or what a distribution provides."""
+    from kdkit.cli.plugins import show_plugin
+
+    raise typer.Exit(show_plugin(kind, name, as_json))
+
+
+@runs_app.command("list")
+def runs_list(*, out: Out = _RUNS, as_json: Json = False) -> None:
+    """List all runs, the newest last."""
+    from kdkit.cli.runs import list_runs
+
+    raise typer.Exit(list_runs(out, as_json=as_json))
+
+
+@runs_app.command("show")
+def runs_show(run: Run, *, out: Out = _RUNS, as_json: Json = False) -> None:
+    """Show the stages of a run."""
+    from kdkit.cli.runs import show_run
+
+    raise typer.Exit(show_run(run, out, as_json=as_json))
+
+
+@runs_app.command("diff")
+def runs_diff(a: Run, b: Run, *, out: Out = _RUNS, as_json: Json = False) -> None:
+    """Show the parameters, keys and metrics in which two runs differ."""
+    from kdkit.cli.runs import diff_runs
+
+    raise typer.Exit(diff_runs(a, b, out, as_json=as_json))
+
+
+@models_app.command("pull")
+def models_pull(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A name that kdkit knows; see kdkit doctor.")],
+    *,
+    dest: Annotated[Path | None, typer.Option("--dest", metavar="DIR", help="The directory to make.")] = None,
+) -> None:
+    """Fetch a small open model and print its directory."""
+    from kdkit.cli.models import pull_model
+
+    raise typer.Exit(pull_model(name, dest))
+
+
+@models_app.command("prune")
+def models_prune(
+    source: Annotated[str, typer.Argument(metavar="MODEL", help="Directory, Hub id or known name.")],
+    dest: Annotated[Path, typer.Argument(metavar="DEST", help="The directory to make.")],
+    *,
+    keep_layers: Annotated[
+        str, typer.Option("--keep-layers", metavar="LAYERS", help="A count, every-2nd, or indices such as 0,1,5.")
+    ],
+) -> None:
+    """Write a copy of a model that keeps only some of its layers."""
+    from kdkit.cli.models import prune_model
+
+    raise typer.Exit(prune_model(source, dest, keep_layers))
+
+
+def main() -> NoReturn:
+    """Entry point: runs a command and exits with its code. Errors that a person can cause are one line."""
+    try:
+        app(args=[text for text in sys.argv[1:] if text != "--debug"], prog_name="kdkit")
+    except KdkitError as error:
+        from kdkit.cli.output import print_error
+
+        print_error(error)
+        sys.exit(int(error.exit_code))
+    sys.exit(0)

@@ -1,0 +1,69 @@
+"""Printing that survives a reader who has gone away: results on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from kdkit.api.errors import KdkitError
+
+__all__ = ["debugging", "emit", "emit_json", "log", "print_error", "safely", "shown", "table"]
+
+
+def safely(stream: TextIO, write: Callable[[], None]) -> None:
+    """Call ``write``; when the reader of ``stream`` is gone (``| head -1``), nothing is written from then on."""
+    try:
+        write()
+        stream.flush()
+    except BrokenPipeError:
+        # Python would fail once more when it flushes at exit, so the descriptor itself goes to nowhere.
+        null = os.open(os.devnull, os.O_WRONLY)
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(null, stream.fileno())
+        os.close(null)
+
+
+def emit(text: str) -> None:
+    """One result on stdout."""
+    safely(sys.stdout, lambda: print(text))
+
+
+def shown(path: Path | str) -> str:
+    """``path`` as a person would type it: relative when it lies below the current directory."""
+    cwd = Path.cwd()
+    return str(Path(path).relative_to(cwd)) if Path(path).is_relative_to(cwd) else str(path)
+
+
+def emit_json(data: Any) -> None:
+    """A result as JSON on stdout."""
+    emit(json.dumps(data, indent=2, ensure_ascii=False))
+
+
+def log(text: str) -> None:
+    """One line on stderr."""
+    safely(sys.stderr, lambda: print(text, file=sys.stderr))
+
+
+def debugging() -> bool:
+    """Whether ``--debug`` stands anywhere on the command line."""
+    return "--debug" in sys.argv
+
+
+def print_error(error: KdkitError) -> None:
+    """The error as one line (a recipe's problems as one each), when debugging after its traceback."""
+    if debugging():
+        log("".join(traceback.format_exception(error)).rstrip())
+    log(f"error: {error}")
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Rows as aligned columns; the last one is as long as it is."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = ("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)) for row in (header, *rows))
+    return "\n".join(line.rstrip() for line in lines)
