@@ -147,6 +147,7 @@ class StageSpec(Spec[P]):
         run: Does the work; imports what is heavy inside.
         outputs: Name to artifact type.
         launch: ``worker`` runs in a process of its own, so that memory is returned; ``inline`` in the parent.
+        names_recipe: The output holds the recipe's name, which therefore belongs to the content key.
         check: Problems that parameters alone show, as ``(parameter path, message)``; must not import torch.
     """
 
@@ -154,6 +155,7 @@ class StageSpec(Spec[P]):
     run: Callable[[P, StageContext], StageOutputs]
     outputs: Mapping[str, type[Artifact]] = field(default_factory=dict)
     launch: Literal["worker", "inline"] = "worker"
+    names_recipe: bool = False
     check: Callable[[P], list[tuple[tuple[str | int, ...], str]]] | None = None
 
 

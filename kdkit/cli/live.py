@@ -56,6 +56,7 @@ class LiveView:
             return
         if event.type == "stage-finished" and self._task is not None:
             self._progress.remove_task(self._task)
+            self._progress.refresh()
             self._task = None
         if text := sentence(event):
             line = f"{event.stage:<{self._width}}  {text}" if event.stage else text

@@ -56,10 +56,12 @@ def debugging() -> bool:
 
 
 def print_error(error: KdkitError) -> None:
-    """The error as one line (a recipe's problems as one each), when debugging after its traceback."""
+    """The error as one line (a recipe's problems as one each), when debugging after its traceback; secrets masked."""
+    from kdkit.engine.redact import redact
+
     if debugging():
-        log("".join(traceback.format_exception(error)).rstrip())
-    log(f"error: {error}")
+        log(redact("".join(traceback.format_exception(error)).rstrip()))
+    log(redact(f"error: {error}"))
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -46,12 +46,12 @@ class Pace:
         self._first: tuple[int, float] | None = None
 
     def eta(self, step: int, total: int) -> str:
-        """``1:05``, or empty while nothing is known."""
+        """``1:05``, or empty while nothing is known and when nothing is left."""
         now = monotonic()
         if self._first is None or step < self._first[0]:
             self._first = (step, now)
         done, seconds = step - self._first[0], now - self._first[1]
-        return clock(seconds / done * (total - step)) if done > 0 else ""
+        return clock(seconds / done * (total - step)) if done > 0 and step < total else ""
 
 
 def clock(seconds: float) -> str:

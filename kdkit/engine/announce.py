@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
@@ -9,6 +10,8 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 from kdkit.api.errors import ExitCode, KdkitError
 from kdkit.api.hookspecs import RunFinished, StageFinished, StageStarted
 from kdkit.engine.events import Event, EventType, Sink
+from kdkit.engine.files import json_line
+from kdkit.engine.redact import redact
 
 if TYPE_CHECKING:
     from kdkit.engine.plan import PlannedStage
@@ -28,9 +31,10 @@ class Announcer:
         self._sinks = sinks
 
     def send(self, event: Event) -> None:
-        """Pass an event to every sink."""
+        """Pass an event to every sink, secrets masked: what a stage says may quote a header or an address."""
+        clean = Event(event.type, event.stage, json.loads(redact(json_line(event.data))))
         for sink in self._sinks:
-            sink(event)
+            sink(clean)
 
     def log(self, message: str, stage: str = "") -> None:
         """One line for people."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final
 
-from kdkit.api.errors import EnvironmentUnmet, KdkitError, StageError
+from kdkit.api.errors import KdkitError, StageError
 from kdkit.api.slots import Found
 from kdkit.engine.files import environment_error, is_environment_error
 from kdkit.host.runtime import plugin_errors
@@ -18,6 +18,8 @@ __all__ = ["ComponentBoundary", "machine_error"]
 
 _NO_SPACE: Final = ("No space left on device", "File too large", "Disk quota exceeded", "PytorchStreamWriter failed")
 _NO_MEMORY: Final = ("can't allocate memory", "not enough memory", "CUDA out of memory")
+_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
+_MAKE_ROOM: Final = "make room, then resume"
 _LESS_MEMORY: Final = (
     "lower per_device_train_batch_size (and raise gradient_accumulation_steps), max_length or max_completion_length, "
     "or set gradient_checkpointing: true"
@@ -30,11 +32,10 @@ def machine_error(error: BaseException) -> KdkitError | None:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _contains(text, _NO_MEMORY):
         return StageError("out of memory", hint=_LESS_MEMORY)
     if isinstance(error, OSError) and is_environment_error(error):
-        return environment_error(error)
+        return environment_error(error, hint=_MAKE_ROOM if error.errno in _FULL else None)
     if _contains(text, _NO_SPACE):
         # safetensors and torch report a full disk as their own error types.
-        full = OSError(errno.ENOSPC, "")
-        return EnvironmentUnmet(environment_error(full).what, hint="make room, then resume")
+        return environment_error(OSError(errno.ENOSPC, ""), hint=_MAKE_ROOM)
     return None
 
 
@@ -76,15 +77,8 @@ class ComponentBoundary:
         return self._found
 
 
-def _file_of(found: Found) -> Path:
-    return Path(found.source.rpartition(":")[0] or found.source)
-
-
 def _owns(found: Found, file: Path) -> bool:
-    """Whether ``file`` belongs to the component: a plugin file is alone, a package is a directory."""
-    own = _file_of(found)
-    if found.identity.startswith("sha256:"):
-        return file == own
-    home = own.parent
-    # A virtual environment may lie below a package's directory; what is installed there is other people's code.
-    return file.is_relative_to(home) and "site-packages" not in file.relative_to(home).parts
+    """Whether ``file`` belongs to the component: a package has a directory of its own, a single file only itself."""
+    defined = Path(found.source.rpartition(":")[0] or found.source)
+    packaged = (defined.parent / "__init__.py").is_file() and not found.identity.startswith("sha256:")
+    return file.is_relative_to(defined.parent if packaged else defined)

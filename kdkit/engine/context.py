@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -114,8 +113,6 @@ class Context(Builder):
         self._metrics = MetricsFile(self.out / "metrics.jsonl", resumed=job.resumed)
         self._stopping = stopping
         self._shown = -math.inf
-        # Under accelerate every rank runs the stage; one of them speaks.
-        self._speaks = os.environ.get("RANK", "0") == "0"
 
     def precision(self, requested: str, /) -> Literal["bf16", "fp32"]:
         """``auto`` as the plan resolved it, which is part of the key."""
@@ -132,10 +129,6 @@ class Context(Builder):
         if isinstance(artifact, Model):
             artifact = _with_options(artifact, ref)
         return artifact
-
-    def log(self, message: str, /) -> None:
-        if self._speaks:
-            super().log(message)
 
     def seed_for(self, purpose: str, /) -> int:
         """A seed derived from the recipe's seed and the purpose; the same for every stage."""
@@ -160,16 +153,15 @@ class Context(Builder):
     def progress(self, step: int, total: int, /, **values: float) -> None:
         """Tell observers where the stage is; calls that come too fast for a person are dropped."""
         now = monotonic()
-        if self._speaks and (step >= total or now - self._shown >= self.PROGRESS_SECONDS):
+        if step >= total or now - self._shown >= self.PROGRESS_SECONDS:
             self._shown = now
             self._emit(Event("progress", self.name, {"step": step, "total": total, **values}))
 
     def metrics(self, values: Mapping[str, float], /, *, step: int) -> None:
         """Scalars for ``metrics.jsonl`` of the store entry and for all trackers."""
-        if self._speaks:
-            numbers = {name: float(value) for name, value in values.items()}
-            self._metrics.append(numbers, step)
-            self._trackers.log(numbers, step)
+        numbers = {name: float(value) for name, value in values.items()}
+        self._metrics.append(numbers, step)
+        self._trackers.log(numbers, step)
 
     def stopping(self) -> bool:
         """True once a signal asked for a checkpoint and an orderly end."""

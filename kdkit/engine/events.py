@@ -10,7 +10,6 @@ from time import monotonic
 from typing import Any, Final, Literal, TypeAlias
 
 from kdkit.engine.files import json_line
-from kdkit.engine.redact import redact
 
 __all__ = ["Event", "EventLog", "EventType", "Sink", "utc_now"]
 
@@ -40,7 +39,7 @@ def utc_now() -> str:
 
 
 class EventLog:
-    """Appends events to a file, secrets masked. Of the many progress events a few are enough there."""
+    """Appends events to a file. Of the many progress events a few are enough there."""
 
     PROGRESS_SECONDS: Final = 10.0
 
@@ -56,4 +55,4 @@ class EventLog:
             self._next_progress = monotonic() + self.PROGRESS_SECONDS
         line = json_line({"time": utc_now(), "stage": event.stage, "type": event.type, **event.data})
         with self._path.open("a", encoding="utf-8") as stream:
-            stream.write(redact(line) + "\n")
+            stream.write(line + "\n")

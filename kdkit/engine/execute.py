@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import traceback
@@ -98,5 +99,6 @@ def _check(stage: Stage, artifacts: Any, out: Path) -> None:
 
 
 def _write_traceback(log_file: Path, error: KdkitError) -> None:
-    with log_file.open("a", encoding="utf-8") as stream:
+    # A full disk may be the error itself; then the line that goes to the parent has to do.
+    with contextlib.suppress(OSError), log_file.open("a", encoding="utf-8") as stream:
         stream.write(redact("".join(traceback.format_exception(error))))

@@ -55,7 +55,6 @@ class RunResult:
         exit_code: What ``kdkit run`` would have exited with.
         error: Why the run ended early, or None.
         stages: Every stage with a whole result, in the order they ran.
-        pending: Stages of ``force`` that were not finished.
     """
 
     recipe: str
@@ -63,7 +62,6 @@ class RunResult:
     exit_code: ExitCode
     error: KdkitError | None
     stages: Mapping[str, StageResult] = field(default_factory=dict)
-    pending: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -138,7 +136,6 @@ def result_of(recipe: str, finished: Finished) -> RunResult:
         exit_code=finished.exit_code,
         error=finished.error,
         stages=stages,
-        pending=finished.pending,
     )
 
 

@@ -45,14 +45,12 @@ class KeyMaker:
     """Computes keys of one recipe's stages.
 
     Attributes:
-        seed: The recipe's seed.
         inputs: Finds literal inputs and hashes them.
         memo: Remembers hashes of files that parameters name.
         base_dir: What relative paths in parameters start from.
         precision: What ``auto`` means on this machine.
     """
 
-    seed: int
     inputs: Inputs
     memo: HashMemo
     base_dir: Path
@@ -60,7 +58,7 @@ class KeyMaker:
 
     def key(
         self,
-        identity: str,
+        facts: Mapping[str, Any],
         params: BaseModel,
         upstream: Mapping[str, str],
         locate: Callable[[tuple[str | int, ...]], tuple[str, int, int]],
@@ -68,7 +66,7 @@ class KeyMaker:
         """The key of a stage.
 
         Args:
-            identity: Kind and code identity of the stage.
+            facts: What decides the result besides parameters, by names with a blank, as no parameter has one.
             params: Its validated parameters.
             upstream: Keys of the stages it refers to, by stage name.
             locate: Maps a parameter path to file, line and column, for errors.
@@ -77,8 +75,8 @@ class KeyMaker:
             KdkitError: An input is missing; the error says where the recipe names it.
         """
         tree = _Describer(self, upstream, locate).describe(params, ())
-        explained = {"stage": identity, "seed": self.seed, **dict(_flat(tree))}
-        data = {"format": KEY_FORMAT, "stage": identity, "seed": self.seed, "params": tree}
+        explained = {**facts, **dict(_flat(tree))}
+        data = {"format": KEY_FORMAT, "facts": facts, "params": tree}
         return StageKey(hashlib.sha256(canonical_json(data).encode()).hexdigest()[:KEY_LENGTH], explained)
 
 

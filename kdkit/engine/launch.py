@@ -114,6 +114,8 @@ class _Follower:
 
     def _exited(self) -> bool:
         """Whether the worker is gone, without reaping it."""
+        if not hasattr(os, "waitid"):  # macOS before Python 3.13
+            return self._process.poll() is not None
         found = os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         return found is not None
 

@@ -107,12 +107,12 @@ def make_plan(recipe: Recipe, store: Store, selection: Selection | None = None) 
     selection.check(recipe.stages)
     precision = resolve_precision("auto")
     inputs = Inputs(recipe.base_dir, store.memo)
-    maker = KeyMaker(recipe.seed, inputs, store.memo, recipe.base_dir, precision)
+    maker = KeyMaker(inputs, store.memo, recipe.base_dir, precision)
     chosen = selection.stages(recipe.stages)
     done: dict[str, PlannedStage] = {}
     whole: dict[str, Manifest | None] = {}
     for name, stage in recipe.stages.items():
-        key = _key(maker, stage, done)
+        key = _key(maker, recipe, stage, done)
         entry = store.entry(stage.found.spec.name, key.key)
         condition = store.condition(entry)
         state, why = assess(name, condition, stage_inputs(stage, done, whole), selection)
@@ -131,10 +131,13 @@ def make_plan(recipe: Recipe, store: Store, selection: Selection | None = None) 
     )
 
 
-def _key(maker: KeyMaker, stage: Stage, done: Mapping[str, PlannedStage]) -> StageKey:
-    identity = f"{stage.found.qualified_name} {stage.found.identity}"
+def _key(maker: KeyMaker, recipe: Recipe, stage: Stage, done: Mapping[str, PlannedStage]) -> StageKey:
+    spec: Any = stage.found.spec
+    facts = {"stage code": f"{stage.found.qualified_name} {stage.found.identity}", "recipe seed": recipe.seed}
+    if spec.names_recipe:
+        facts["recipe name"] = recipe.name
     upstream = {name: done[name].key for name in stage.upstream}
-    return maker.key(identity, stage.params, upstream, stage.locate)
+    return maker.key(facts, stage.params, upstream, stage.locate)
 
 
 def stage_inputs(

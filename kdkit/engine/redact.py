@@ -6,7 +6,7 @@ import io
 import os
 import re
 from collections.abc import Mapping
-from typing import Final, TextIO
+from typing import Final
 
 __all__ = ["RedactingStream", "redact", "secrets_of"]
 
@@ -29,28 +29,10 @@ def redact(text: str) -> str:
     return text
 
 
-class RedactingStream(io.TextIOBase):
+class RedactingStream(io.TextIOWrapper):
     """A text stream that masks secrets before it passes text on."""
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
     def write(self, text: str, /) -> int:
-        self._stream.write(redact(text))
+        """Write ``text`` without secrets; returns the length of what was given."""
+        super().write(redact(text))
         return len(text)
-
-    def flush(self) -> None:
-        self._stream.flush()
-
-    def fileno(self) -> int:
-        return self._stream.fileno()
-
-    def isatty(self) -> bool:
-        return False
-
-    def writable(self) -> bool:
-        return True
-
-    @property
-    def encoding(self) -> str:  # type: ignore[override]
-        return self._stream.encoding

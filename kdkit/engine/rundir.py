@@ -49,7 +49,7 @@ class RunDir:
 
     @classmethod
     def create(cls, parent: Path) -> RunDir:
-        """A new directory named by the time, and ``latest`` pointing at it."""
+        """A new directory named by the time."""
         stamp = datetime.now(UTC).strftime(_TIME)
         for attempt in range(1, 1000):
             path = parent / (stamp if attempt == 1 else f"{stamp}-{attempt}")
@@ -59,7 +59,6 @@ class RunDir:
                 continue
             except OSError as error:
                 raise environment_error(error, where=path, hint=_HINT) from error
-            _link(parent / "latest", path)
             return cls(path)
         raise EnvironmentUnmet("a thousand runs started in this second", where=str(parent))
 
@@ -78,7 +77,8 @@ class RunDir:
         return self.path / "jobs" / f"{stage}.json"
 
     def record(self, recipe: Recipe, plan: Plan) -> None:
-        """Write what is known before the first stage starts."""
+        """Write what is known before the first stage starts, and make ``latest`` lead here; raises ``OSError``."""
+        _link(self.path.parent / "latest", self.path)
         shutil.copyfile(recipe.path, self.path / "recipe.yaml")
         write_atomic(self.resolved, to_yaml(resolved_data(recipe)))
         write_json(self.path / PLAN, plan.to_json())

@@ -13,17 +13,18 @@ from time import monotonic
 from typing import TYPE_CHECKING
 
 from kdkit.api.artifacts import Artifact, ReportFiles
-from kdkit.api.errors import ExitCode, KdkitError, StageError, Stopped
+from kdkit.api.errors import ExitCode, KdkitError, RecipeError, StageError, Stopped
 from kdkit.engine.announce import Announcer, Status
 from kdkit.engine.env import versions
 from kdkit.engine.events import EventLog, Sink, utc_now
 from kdkit.engine.execute import execute_inline
-from kdkit.engine.files import environment_error
+from kdkit.engine.files import environment_error, json_line
 from kdkit.engine.job import Outcome, StageJob, code_identity
 from kdkit.engine.launch import run_worker
 from kdkit.engine.lock import Lock
 from kdkit.engine.manifest import Manifest
 from kdkit.engine.plan import Plan, PlannedStage, assess, make_plan, stage_inputs
+from kdkit.engine.redact import redact
 from kdkit.engine.rundir import RunDir, check_out
 from kdkit.engine.selection import Selection
 from kdkit.engine.stop import StopRequest, stop_on_signals
@@ -83,6 +84,7 @@ def run_recipe(recipe: Recipe, options: RunOptions) -> Finished:
         KdkitError: Before any work: a path cannot be written, an input is missing, a name is no stage.
     """
     options.selection.check(recipe.stages)
+    _refuse_secrets(recipe)
     store = Store(store_root())
     store.prepare()
     parent = check_out(options.out, recipe.name)
@@ -94,6 +96,21 @@ def run_recipe(recipe: Recipe, options: RunOptions) -> Finished:
         raise environment_error(error, where=run_dir.path) from error
     with stop_on_signals() as stop:
         return _Run(plan, options, run_dir, stop).run()
+
+
+def _refuse_secrets(recipe: Recipe) -> None:
+    """A secret in a recipe would be copied into the run, its log and the command that resumes.
+
+    Raises:
+        RecipeError: The value of an environment variable such as ``HF_TOKEN`` stands in the recipe.
+    """
+    text = json_line(recipe.data)
+    if redact(text) != text:
+        raise RecipeError(
+            "the value of a secret environment variable stands in the recipe",
+            where=str(recipe.path),
+            hint="components read secrets from the environment; remove it",
+        )
 
 
 class _Run:

@@ -80,7 +80,8 @@ class Store:
             EnvironmentUnmet: It cannot.
         """
         check_writable(self.root, hint=_HINT)
-        shutil.rmtree(self._trash, ignore_errors=True)
+        for leftover in _children(self._trash):
+            shutil.rmtree(leftover, ignore_errors=True)
 
     def condition(self, entry: Path) -> Condition:
         """What there is for an entry, every file verified."""

@@ -18,7 +18,7 @@ from kdkit.engine.events import Event, utc_now
 from kdkit.engine.execute import execute
 from kdkit.engine.files import json_line
 from kdkit.engine.job import Outcome, StageJob, code_identity
-from kdkit.engine.redact import RedactingStream, redact
+from kdkit.engine.redact import RedactingStream
 
 __all__ = ["main"]
 
@@ -39,7 +39,7 @@ class Channel:
         self._send({"type": "outcome", "stage": "", "data": outcome.to_json()})
 
     def _send(self, message: dict[str, Any]) -> None:
-        data = (redact(json_line(message)) + "\n").encode()
+        data = (json_line(message) + "\n").encode()
         with self._lock:
             try:
                 while data:
@@ -50,7 +50,8 @@ class Channel:
 
 def _end_group() -> NoReturn:
     """End this process and everything it started: nobody is left to publish the result."""
-    os.killpg(os.getpgid(0), signal.SIGKILL)
+    if os.getpgid(0) == os.getpid():  # not when started by hand, from a shell that shares its group
+        os.killpg(0, signal.SIGKILL)
     os._exit(1)
 
 
@@ -77,8 +78,8 @@ def _redirect(log_file: Path) -> None:
     for handle in (log, null):
         os.close(handle)
     for name, number in (("stdout", 1), ("stderr", 2)):
-        plain = open(number, "w", encoding="utf-8", errors="replace", buffering=1, closefd=False)  # noqa: SIM115
-        setattr(sys, name, RedactingStream(plain))
+        raw = open(number, "wb", closefd=False)  # noqa: SIM115 - it stays open, and a descriptor is no path
+        setattr(sys, name, RedactingStream(raw, encoding="utf-8", errors="replace", line_buffering=True))
 
 
 def run_job(job: StageJob, channel: Channel, stopping: threading.Event) -> Outcome:

@@ -108,10 +108,10 @@ def check_same_vocabulary(student: Vocabulary, teacher: Vocabulary) -> int:
     """
     if student.fingerprint != teacher.fingerprint:
         raise ModelError(
-            "student and teacher have different tokenizers: "
+            "student and teacher have different vocabularies: "
             f"student {_describe(student)}, teacher {_describe(teacher)}",
             hint="token losses compare logits id by id, so they need a teacher that shares the student's tokenizer; "
-            "take another teacher, train on its texts, or use an aligned loss",
+            "take another teacher, or let this one write answers in a generate stage and train on them",
         )
     return min(student.size, teacher.size)
 

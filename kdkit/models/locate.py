@@ -108,9 +108,9 @@ def _hub(repo: str, revision: str | None, *, offline: bool) -> Path:
     try:
         return snapshot(repo, revision=revision, cache_only=offline)
     except NotOnHubError as error:
-        if known is None or revision is not None:
-            raise
-        raise EnvironmentUnmet(error.what, where=repo, hint=_pull_hint(known)) from error
+        hint = error.hint if known is None or revision is not None else _pull_hint(known)
+        # The public class, which crosses from a worker process to its parent by name.
+        raise EnvironmentUnmet(error.what, where=repo, hint=hint) from error
 
 
 def _pull_hint(model: KnownModel) -> str:

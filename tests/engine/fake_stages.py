@@ -97,6 +97,9 @@ def _fault(fault: str, step: int) -> None:
         return
     if name == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    if name == "interrupt":
+        os.kill(os.getppid(), signal.SIGINT)
+        return
     if name == "raise":
         raise ValueError(f"broken with {os.environ.get('HF_TOKEN')}")
     if name == "memory":
@@ -195,7 +198,7 @@ def kdkit_stages():
     yield StageSpec(name="noisy", summary="Noisy", params=LintParams, run=run_noisy, outputs={"data": Dataset})
     yield StageSpec(
         name="sheet", summary="Report", params=ReportParams, run=run_report, outputs={"report": ReportFiles},
-        launch="inline",
+        launch="inline", names_recipe=True,
     )  # fmt: skip
 
 

@@ -58,6 +58,13 @@ def test_the_seed_is_part_of_the_key(project):
     assert keys(project.plan(BASE)) != keys(project.plan(BASE, seed=4))
 
 
+def test_the_recipes_name_counts_only_where_the_result_holds_it(project):
+    stages = "  a: {kind: count}\n  b: {kind: sheet}"
+    one, two = keys(project.plan(stages, name="one")), keys(project.plan(stages, name="two"))
+    assert one["a"] == two["a"]
+    assert one["b"] != two["b"]
+
+
 def test_parameters_of_nested_components_and_their_weight_count(project):
     stages = "  a: {{kind: count, data: [{{use: few, rows: {rows}, weight: {weight}}}]}}"
     found = {
@@ -147,9 +154,9 @@ def test_values_without_identity_are_refused(project, tmp_path):
         thing: object
 
     memo = HashMemo(tmp_path / "memo.json")
-    maker = KeyMaker(0, Inputs(tmp_path, memo), memo, tmp_path, "fp32")
+    maker = KeyMaker(Inputs(tmp_path, memo), memo, tmp_path, "fp32")
     with pytest.raises(PluginError, match="thing is a object"):
-        maker.key("x", Odd(thing=object()), {}, lambda loc: ("", 0, 0))
+        maker.key({}, Odd(thing=object()), {}, lambda loc: ("", 0, 0))
 
 
 def test_differences_are_phrases():

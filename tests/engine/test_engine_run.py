@@ -15,7 +15,6 @@ from kdkit.engine.keys import KEY_FORMAT
 from kdkit.engine.store import Store
 
 
-
 def events(result):
     return [json.loads(line) for line in (result.run_dir / "events.jsonl").read_text().splitlines()]
 
@@ -43,8 +42,8 @@ def test_a_run_leaves_results_and_says_where(project):
 
 def test_links_are_relative(project):
     result = kdkit.run(project.recipe(project.one), inline=True)
-    assert not os.path.isabs(os.readlink(result.run_dir.parent / "latest"))
-    assert not os.path.isabs(os.readlink(result.run_dir / "stages/a"))
+    assert not (result.run_dir.parent / "latest").readlink().is_absolute()
+    assert not (result.run_dir / "stages/a").readlink().is_absolute()
 
 
 def test_worker_and_inline_give_the_same_bytes(project, monkeypatch, tmp_path):
@@ -55,7 +54,7 @@ def test_worker_and_inline_give_the_same_bytes(project, monkeypatch, tmp_path):
 
 def test_a_second_run_is_cached_and_starts_nothing(project, monkeypatch):
     first = kdkit.run(project.recipe())
-    monkeypatch.setattr("kdkit.engine.launch.subprocess.Popen", lambda *_, **__: pytest.fail("a worker was started"))
+    monkeypatch.setattr("kdkit.engine.runner.run_worker", lambda *_, **__: pytest.fail("a worker was started"))
     second = kdkit.run(project.recipe())
     assert second.ok
     assert [kinds(second, stage) for stage in "abc"] == [["stage-cached"]] * 3
@@ -218,6 +217,13 @@ def test_no_secret_is_written_anywhere(project, monkeypatch, inline):
     assert any("stage.log" in p.name for p in files)
     assert [p for p in files if canary.encode() in p.read_bytes()] == []
     assert "***" in (result.run_dir / "events.jsonl").read_text()
+
+
+def test_a_secret_in_the_recipe_is_refused_before_it_is_copied(project, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "canary-5d41402abc4b2a76")
+    with pytest.raises(RecipeError, match="secret environment variable stands in the recipe"):
+        kdkit.run(project.recipe("  a: {kind: count, fault: canary-5d41402abc4b2a76}"))
+    assert not (project.root / "runs").exists()
 
 
 def test_unwritable_places_are_found_before_any_work(project, monkeypatch):

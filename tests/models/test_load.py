@@ -188,7 +188,7 @@ def test_swapped_ids_make_another_vocabulary():
             return len(self.map)
 
     model = make_llama()
-    with pytest.raises(ModelError, match="different tokenizers"):
+    with pytest.raises(ModelError, match="different vocabularies"):
         check_same_vocabulary(vocabulary(make_tokenizer(), model), vocabulary(Swapped(), model))
 
 

@@ -57,10 +57,8 @@ def test_sampling_follows_the_softmax():
         logits = tiny_model()(input_ids=torch.tensor([prompt])).logits[0, -1]
     values, ids = (logits / 2.0).topk(4)
     p = torch.softmax(values, -1)
-    drawn = generate(
-        tiny_model(), tiny_tokenizer(), [prompt] * n,
-        Sampling(do_sample=True, temperature=2.0, top_k=4, max_new_tokens=1), list(range(n)), stop_ids=(), batch_size=500,
-    )  # fmt: skip
+    how = Sampling(do_sample=True, temperature=2.0, top_k=4, max_new_tokens=1)
+    drawn = generate(tiny_model(), tiny_tokenizer(), [prompt] * n, how, list(range(n)), stop_ids=(), batch_size=500)
     first = torch.tensor([c.token_ids[0] for c in drawn])
     for token, probability in zip(ids.tolist(), p.tolist(), strict=True):
         share = float((first == token).float().mean())

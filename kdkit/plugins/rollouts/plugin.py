@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class TransformersRolloutParams(Params):
     """Generation with transformers in this process."""
 
-    batch_size: Annotated[int, Runtime(), Field(ge=1)] = 16
+    batch_size: Annotated[int, Runtime(), Field(ge=1)] = 32
     """Prompts decoded together."""
     precision: Precision = "auto"
     """Matrix products in bf16 or fp32 when the engine loads the model itself."""

@@ -102,7 +102,7 @@ class ReportParams(Params):
     scores: list[Ref[Scores]] = Field(min_length=1)
     """Outputs of evaluate stages."""
     teacher: str | None = None
-    """Name of the teacher among the evaluated models, for retention and the closed gap; ``teacher`` when there is one."""
+    """Name of the teacher among the models, for retention and the closed gap; ``teacher`` when there is one."""
     baseline: str | None = None
     """Name of the untrained student among them, for the closed gap; ``base`` or ``baseline`` when there is one."""
     reference: str | None = None
@@ -238,4 +238,5 @@ def kdkit_stages() -> Iterator[StageSpec[Any]]:
         run=_report,
         outputs={"report": ReportFiles},
         launch="inline",
+        names_recipe=True,
     )

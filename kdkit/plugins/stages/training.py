@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kdkit.api.artifacts import Model
-from kdkit.api.errors import ModelError
+from kdkit.api.errors import StageError
 from kdkit.models.card import ModelCard, render_card
 from kdkit.models.chat import ChatEncoder
 from kdkit.models.heads import verify_split
@@ -158,6 +158,6 @@ def _save(
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     try:
         save_model(student.model, student.tokenizer, path, dtype=dtype, card=render_card(card), provenance=facts)
-    except ModelError as error:
-        raise ModelError(f"training diverged: {error.what}", hint="lower learning_rate") from error
+    except StageError as error:
+        raise StageError(f"training diverged: {error.what}", hint="lower learning_rate") from error
     return Model(path=path, info={k: facts[k] for k in ("parameters", "trained_tokens", "steps", "evaluation")})

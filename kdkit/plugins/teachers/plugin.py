@@ -20,7 +20,7 @@ class LocalTeacherParams(Params):
     """The teacher."""
     precision: Precision = "auto"
     """Weights and matrix products in bf16 or fp32."""
-    batch_size: Annotated[int, Runtime(), Field(ge=1)] = 16
+    batch_size: Annotated[int, Runtime(), Field(ge=1)] = 32
     """Prompts decoded together when it writes answers."""
 
 
