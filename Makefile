@@ -26,6 +26,9 @@ install: $(VENV)/.installed
 quickstart: install
 	$(BIN)/kdkit models pull smollm2-135m-instruct
 	$(BIN)/kdkit run recipes/quickstart.yaml
+	@echo
+	@echo "Run it again: everything is cached. Then try the teacher's distributions alone:"
+	@echo "  $(BIN)/kdkit run recipes/quickstart.yaml --set stages.kd.losses='[{use: forward-kl}]'"
 
 test: install
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow" -q

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from kdkit.api.errors import KdkitError
+from kdkit.api.errors import KdkitError, RecipeError
 
 __all__ = ["debugging", "emit", "emit_json", "log", "print_error", "safely", "shown", "table"]
 
@@ -61,7 +61,9 @@ def print_error(error: KdkitError) -> None:
 
     if debugging():
         log(redact("".join(traceback.format_exception(error)).rstrip()))
-    log(redact(f"error: {error}"))
+    # Problems of a recipe start with their place, so that editors and grep find it.
+    located = isinstance(error, RecipeError) and bool(error.problems)
+    log(redact(str(error) if located else f"error: {error}"))
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

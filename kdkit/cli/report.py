@@ -21,13 +21,14 @@ _KEYS: Final = frozenset(
 )
 
 
-def report(run: str | None, as_json: bool) -> int:  # noqa: FBT001 - the command's option
+def report(run: str | None, as_json: bool, *, brief: bool = False) -> int:  # noqa: FBT001 - the command's option
     """Print the report of a run.
 
     Args:
         run: A run directory, a directory with ``report.json`` or that file, or a recipe name for the newest run of it;
             None for the newest run of all recipes under ``./runs``.
         as_json: Print ``report.json`` as it is instead of tables.
+        brief: Print only the main tables.
 
     Returns:
         0.
@@ -44,7 +45,7 @@ def report(run: str | None, as_json: bool) -> int:  # noqa: FBT001 - the command
         return ExitCode.OK
     from kdkit.report.terminal import render_terminal
 
-    Console(file=sys.stdout, highlight=False, markup=False, emoji=False).print(render_terminal(data))
+    Console(file=sys.stdout, highlight=False, markup=False, emoji=False).print(render_terminal(data, brief=brief))
     return ExitCode.OK
 
 

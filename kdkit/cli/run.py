@@ -46,21 +46,24 @@ def run(
 
 
 def _print_results(finished: Finished) -> None:
+    has_report = (finished.run_dir / "report.json").is_file()
+    if has_report:
+        _print_report(finished.run_dir)
     emit(f"run     {shown(finished.run_dir)}")
     for name, artifacts in finished.artifacts.items():
         for output, artifact in artifacts.items():
             emit(f"result  {name}.{output}  {shown(artifact.path)}")
     if (finished.run_dir / "report.md").is_file():
         emit(f"report  {shown(finished.run_dir / 'report.md')}")
-    if (finished.run_dir / "report.json").is_file():
-        _print_report(finished.run_dir)
+    if has_report:
+        emit(f"next    kdkit report {shown(finished.run_dir)}  (pairs, speed, decoding, limits of the numbers)")
 
 
 def _print_report(run_dir: Path) -> None:
     from kdkit.cli.report import report
 
     try:
-        report(str(run_dir), False)  # noqa: FBT003 - the command's own signature
+        report(str(run_dir), False, brief=True)  # noqa: FBT003 - the command's own signature
     except (DataError, RecipeError) as error:
         # A report stage of a plugin may write another format; its files are there all the same.
         log(f"the report has no table: {error}")

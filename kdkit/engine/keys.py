@@ -136,9 +136,9 @@ class _Describer:
         try:
             return self.maker.inputs.locate(ref, revision).digest
         except KdkitError as error:
-            file, line, _ = self.locate(loc)
-            place = f"{file}:{line}" if line else file
-            where = f"{place}: {error.where}" if error.where else place
+            file, line, column = self.locate(loc)
+            place = f"{file}:{line}:{column}" if line else file
+            where = ": ".join(filter(None, (place, ".".join(map(str, loc)), error.where)))
             raise type(error)(error.what, where=where, allowed=error.allowed, hint=error.hint) from error
 
     def _leaf(self, value: Any, loc: tuple[str | int, ...]) -> Any:

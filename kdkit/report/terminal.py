@@ -22,17 +22,23 @@ _LABEL: Final = 26
 """Longest row label that is kept on one line."""
 
 
-def render_terminal(report: Mapping[str, Any]) -> RenderableType:
-    """The report for ``Console.print``; it adapts to the console's width."""
-    return _Rendered(report)
+def render_terminal(report: Mapping[str, Any], *, brief: bool = False) -> RenderableType:
+    """The report for ``Console.print``; it adapts to the console's width.
+
+    Args:
+        report: The content of ``report.json``.
+        brief: Only the scores, the closed gap, retention and notes: what fits on a screen.
+    """
+    return _Rendered(report, brief=brief)
 
 
 class _Rendered:
-    def __init__(self, report: Mapping[str, Any]) -> None:
+    def __init__(self, report: Mapping[str, Any], *, brief: bool) -> None:
         self.report = report
+        self.brief = brief
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        for part in _parts(self.report):
+        for part in _parts(self.report, brief=self.brief):
             if isinstance(part, Table):
                 yield from _tables(part, options.max_width)
             else:
@@ -40,22 +46,28 @@ class _Rendered:
         del console
 
 
-def _parts(report: Mapping[str, Any]) -> Iterator[Table | RenderableType]:
+def _parts(report: Mapping[str, Any], *, brief: bool) -> Iterator[Table | RenderableType]:
     yield Text(f"Report: {report['recipe']}", style="bold")
     yield views.models_table(report)
     yield from views.scores_tables(report)
     yield Text()
     for line in (views.direction_line(report), views.legend(report)):
         yield Text(line, style="dim")
-    for table in (views.gap_table(report), views.retention_table(report), *views.pair_tables(report)):
+    for table in (views.gap_table(report), views.retention_table(report)):
         if table is not None:
             yield table
-    for table in (views.speed_table(report), views.answers_table(report)):
+    if not brief:
+        yield from _details(report)
+    yield from _list("Notes", report["notes"])
+    if not brief:
+        yield from _list("What these numbers do not say", views.limits(report))
+
+
+def _details(report: Mapping[str, Any]) -> Iterator[Table | RenderableType]:
+    for table in (*views.pair_tables(report), views.speed_table(report), views.answers_table(report)):
         if table is not None:
             yield table
     yield from _list("Decoding", views.decoding_lines(report))
-    yield from _list("Notes", report["notes"])
-    yield from _list("What these numbers do not say", views.limits(report))
 
 
 def _tables(table: Table, width: int) -> Iterator[RenderableType]:

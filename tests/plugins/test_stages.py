@@ -247,3 +247,79 @@ def test_a_prompt_over_the_limit_is_named(tmp_path, models):
 def test_an_unknown_model_path_is_located(tmp_path, models):
     with pytest.raises(RecipeError, match=r"recipe\.yaml:1:\d+: stages\.sft\.model: "):
         run(tmp_path, {"sft": sft(models, model="./nowhere")})
+
+
+@pytest.fixture
+def handed_over(monkeypatch) -> list:
+    """What the training stages hand to the loop, which then trains nothing."""
+    from kdkit.plugins.stages import training
+    from kdkit.train.loop import TrainResult
+
+    seen = []
+
+    def fake(task, params, ctx, *, compute):
+        seen.append((task, compute))
+        return TrainResult(steps=1, tokens=5, skipped=0, evaluation={})
+
+    monkeypatch.setattr(training, "train", fake)
+    return seen
+
+
+def test_weights_of_losses_and_datasets_reach_the_loop(tmp_path, models, handed_over):
+    rows = {"use": "jsonl", "source": "./rows.jsonl"}
+    losses = [{"use": "forward-kl", "weight": 0.7, "temperature": 2.0}, {"use": "cross-entropy", "weight": 0.3}]
+    stage = distill(models, losses=losses, data=[{**rows, "weight": 3}, {**rows, "max_rows": 4}])
+    assert run(tmp_path, {"kd": stage}).ok
+    task, _ = handed_over[0]
+    assert [(term.name, term.weight) for term in task.terms] == [("forward-kl", 0.7), ("cross-entropy", 0.3)]
+    assert task.terms[0].loss.temperature == 2.0
+    assert task.weights == [3.0, 1.0]
+    assert [len(part) for part in task.data] == [40, 4]
+
+
+def test_divergences_are_confined_to_the_shared_vocabulary(tmp_path, models, handed_over, tmp_path_factory):
+    wide = save_tiny_model(tmp_path_factory.mktemp("wide"), vocab=264)
+    assert run(tmp_path, {"kd": distill(models, model=str(wide))}).ok
+    task, _ = handed_over[0]
+    assert {term.name: term.vocabulary for term in task.terms} == {"forward-kl": 259, "cross-entropy": None}
+
+
+def test_evaluation_confines_the_divergence_to_the_shared_vocabulary(tmp_path, models, tmp_path_factory):
+    wide = save_tiny_model(tmp_path_factory.mktemp("wide"), vocab=264)
+    stage = {**evaluate(models), "models": {"wide": str(wide)}, "metrics": [{"use": "teacher-kl"}]}
+    result = run(tmp_path, {"eval": stage})
+    assert result.ok, result.error
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_precision_reaches_the_loop_and_the_saved_weights(tmp_path, models, handed_over, precision, dtype):
+    from safetensors import safe_open
+
+    result = run(tmp_path, {"sft": sft(models, precision=precision)})
+    assert handed_over[0][1] is dtype
+    assert next(handed_over[0][0].model.parameters()).dtype is torch.float32
+    with safe_open(result.stage("sft").outputs["model"].path / "model.safetensors", "pt") as file:
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {dtype}  # noqa: SIM118 - not a mapping
+
+
+def test_overlong_rows_are_cut_when_asked(tmp_path, models, handed_over):
+    stage = sft(models, max_length=20, overlong="truncate")
+    assert run(tmp_path, {"sft": stage}).ok
+    rows = handed_over[0][0].data[0]
+    assert max(len(row.ids) for row in rows) == 20
+    assert all(row.targets for row in rows)
+
+
+def test_generation_stops_where_training_ended_an_answer(tmp_path, models, handed_over, tmp_path_factory):
+    from transformers import AutoTokenizer, GenerationConfig
+
+    other = save_tiny_model(tmp_path_factory.mktemp("other"))
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    tokenizer.eos_token = "<|endoftext|>"
+    tokenizer.save_pretrained(other)
+    config = GenerationConfig.from_pretrained(other)
+    config.eos_token_id = 256
+    config.save_pretrained(other)
+    result = run(tmp_path, {"sft": sft(models, model=str(other))})
+    saved = GenerationConfig.from_pretrained(result.stage("sft").outputs["model"].path)
+    assert saved.eos_token_id == [256, 258]

@@ -254,3 +254,109 @@ def test_only_matrices_are_decayed():
     decayed = {id(p) for g in groups if g["weight_decay"] == 0.3 for p in g["params"]}
     for name, p in model.named_parameters():
         assert (id(p) in decayed) == ("norm" not in name), name
+
+
+def record(monkeypatch) -> list[dict]:
+    seen = []
+
+    def step(optimizer, closure=None):
+        grads = [p.grad.clone() for group in optimizer.param_groups for p in group["params"]]
+        seen.append({"grads": grads, "lr": optimizer.param_groups[0]["lr"]})
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    return seen
+
+
+def flat(grads):
+    return torch.cat([g.flatten() for g in grads])
+
+
+@pytest.mark.parametrize(("size", "accumulation"), [(6, 1), (4, 2), (1, 6)])
+def test_the_gradient_is_the_token_mean_of_the_step(tmp_path, monkeypatch, size, accumulation):
+    """AdamW hides the scale of a gradient, so the gradient itself is compared."""
+    seen, rows = record(monkeypatch), make_rows(6 if size != 4 else 8)
+    model = tiny_model().double().train()
+    run(tmp_path, model=model, rows=rows, max_steps=1, max_grad_norm=1e9, per_device_train_batch_size=size,
+        gradient_accumulation_steps=accumulation)  # fmt: skip
+    reference = tiny_model().double()
+    total = 0.0
+    for row in rows:
+        ids, keep = torch.tensor([row.ids]), torch.tensor(row.learned)[1:]
+        logits = reference(input_ids=ids).logits[0, :-1][keep]
+        total = total + torch.nn.functional.cross_entropy(logits, ids[0, 1:][keep], reduction="sum")
+    (total / sum(row.targets for row in rows)).backward()
+    by_size = sorted(float(p.grad.norm()) for p in reference.parameters())
+    assert sorted(float(g.norm()) for g in seen[0]["grads"]) == pytest.approx(by_size, rel=1e-9)
+
+
+def test_gradients_are_clipped_and_the_learning_rate_is_applied(tmp_path, monkeypatch):
+    seen = record(monkeypatch)
+    run(tmp_path, max_steps=5, max_grad_norm=0.01, lr_scheduler_type="linear", learning_rate=1e-3)
+    assert all(float(flat(step["grads"]).norm()) == pytest.approx(0.01, rel=1e-3) for step in seen)
+    assert [step["lr"] for step in seen] == pytest.approx([1e-3 * (1 - i / 5) for i in range(5)])
+
+
+def test_dropout_is_on_in_training_and_off_in_evaluation(tmp_path):
+    held_out = make_rows(4, seed=5)
+    model = with_dropout()
+    _, _, ctx = run(tmp_path / "a", model=model, held_out=held_out, eval_steps=1, max_steps=4, learning_rate=1e-30)
+    evaluated = [v["eval/loss"] for _, v in ctx.values if "eval/loss" in v]
+    assert len(evaluated) == 4
+    assert max(evaluated) - min(evaluated) < 1e-6
+    _, _, plain = run(tmp_path / "b", max_steps=4, learning_rate=1e-30)
+    trained = [[v["train/loss"] for _, v in c.values if "train/loss" in v] for c in (ctx, plain)]
+    assert all(abs(a - b) > 1e-6 for a, b in zip(*trained, strict=True)), "dropout was off, also after an evaluation"
+
+
+def test_gradient_checkpointing_is_switched_on(tmp_path):
+    _, model, _ = run(tmp_path, max_steps=1, gradient_checkpointing=True)
+    assert model.is_gradient_checkpointing
+
+
+def test_the_seed_changes_the_order_of_the_rows(tmp_path):
+    losses = [
+        [v["train/loss"] for _, v in run(tmp_path / str(seed), seed=seed, learning_rate=1e-30)[2].values]
+        for seed in (1, 2)
+    ]
+    assert losses[0] != losses[1]
+
+
+def test_mixture_weights_reach_the_loop(tmp_path):
+    short = make_rows(10, seed=1)
+    long = [type(row)(f"long-{row.id}", row.ids * 4, (False, *[True] * (4 * len(row.ids) - 1))) for row in short]
+    tokens = {}
+    for name, weights in (("short", [0.99, 0.01]), ("long", [0.01, 0.99])):
+        ctx, model = FakeContext(tmp_path / name), tiny_model().train()
+        work = Task(model, CE, [short, long], weights, pad_id=258)
+        tokens[name] = train(work, params(max_steps=10), ctx, compute=torch.float32).tokens
+    assert tokens["long"] > 3 * tokens["short"]
+
+
+def test_the_logged_loss_is_the_weighted_sum(tmp_path):
+    terms = (LossTerm("a", 0.25, cross_entropy), LossTerm("b", 2.0, lambda x: 3 * cross_entropy(x)))
+    _, _, ctx = run(tmp_path, terms=terms, max_steps=2)
+    for _, values in ctx.values:
+        assert values["train/b"] == pytest.approx(3 * values["train/a"], rel=1e-5)
+        assert values["train/loss"] == pytest.approx(0.25 * values["train/a"] + 2 * values["train/b"], rel=1e-5)
+
+
+def test_tokens_and_the_best_step_survive_a_resume(tmp_path):
+    options = {"held_out": make_rows(6, seed=5), "eval_steps": 1, "metric_for_best_model": "loss"}
+    options |= {"learning_rate": 5e-2, "max_steps": 14}
+    straight, want, _ = run(tmp_path / "a", **options)
+    assert straight.best_step < 9
+    with pytest.raises(Stopped):
+        run(tmp_path / "b", stop_at=10, **options)
+    resumed, got, _ = run(tmp_path / "b", **options)
+    assert (resumed.tokens, resumed.best_step) == (straight.tokens, straight.best_step)
+    assert weights_hash(got) == weights_hash(want)
+
+
+def test_patience_counts_from_the_last_improvement(tmp_path, monkeypatch):
+    from kdkit.train.loop import _Training
+
+    values = iter([5.0, 6.0, 4.0, 6.0, 6.0, 6.0, 1.0])
+    monkeypatch.setattr(_Training, "_evaluate", lambda self: {"loss": next(values)})
+    result, _, _ = run(tmp_path, held_out=make_rows(2), eval_steps=1, metric_for_best_model="loss",
+                       early_stopping_patience=3, max_steps=20)  # fmt: skip
+    assert (result.steps, result.best_step) == (6, 3)
