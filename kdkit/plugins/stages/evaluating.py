@@ -104,7 +104,8 @@ class _Evaluation:
                 counts[dataset] = _counts(predictions, decoded="completion" in self.needs)
         provenance = read_provenance(artifact.path)
         return {
-            "path": artifact.name,
+            # A stage's output is where it lies; anything else is what the recipe calls it.
+            "path": str(artifact.path) if artifact.name.startswith("${") else artifact.name,
             "parameters": subject.model.num_parameters(),
             "bytes": _weight_bytes(subject),
             "trained_tokens": int(provenance.get("trained_tokens", 0)),

@@ -133,6 +133,8 @@ def _save(
     params: TrainParams, ctx: StageContext, student: _Student, result: TrainResult, *, precision: str, method: str
 ) -> Model:
     before = read_provenance(student.artifact.path)
+    # A model from an earlier stage goes back to the model that stage started from.
+    base_model = str(before.get("base_model", student.artifact.name))
     facts = {
         "method": method,
         "losses": {loss.name: loss.weight for loss in params.losses},
@@ -145,13 +147,13 @@ def _save(
         "precision": precision,
         "recipe": ctx.recipe,
         "stage": ctx.name,
-        "base_model": student.artifact.name,
+        "base_model": base_model,
         "evaluation": result.evaluation,
     }
     card = ModelCard(
         name=f"{ctx.recipe}: {ctx.name}",
         summary=f"Made with kdkit by {method}.",
-        base_model=student.artifact.name,
+        base_model=base_model,
         facts={k: v for k, v in facts.items() if k in {"losses", "steps", "trained_tokens", "parameters", "precision"}},
     )
     path = ctx.out / "model"
