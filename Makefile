@@ -43,7 +43,7 @@ lint: install
 	$(BIN)/lint-imports
 
 docs: install
-	$(BIN)/kdkit schema --out docs/recipe.schema.json
+	KDKIT_DISABLE_PLUGINS='*' $(BIN)/kdkit schema --out docs/recipe.schema.json
 	$(BIN)/python docs/generate.py
 
 clean:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 __all__ = ["Params", "Precision", "Runtime", "Sampling", "is_runtime"]
 
@@ -58,6 +58,12 @@ class Sampling(Params):
     """Keep only the k most probable tokens; 0 keeps all."""
     max_new_tokens: int = Field(256, ge=1)
     """Longest completion, in tokens; a longer one is cut and counted as truncated."""
+
+    @model_validator(mode="after")
+    def _sampling_is_on(self) -> Sampling:
+        if not self.do_sample and (self.temperature, self.top_p, self.top_k) != (1.0, 1.0, 0):
+            raise ValueError("temperature, top_p and top_k need do_sample: true")
+        return self
 
 
 def is_runtime(model: type[BaseModel], field: str) -> bool:

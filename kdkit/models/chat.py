@@ -1,11 +1,14 @@
 """From examples to token ids, with a mask that says which tokens are learned.
 
 Prompt and answer are tokenised apart and joined: the model is trained on exactly the prompt ids that it sees when it
-generates, and no merge across the boundary can move the first response token.
+generates, and no merge across the boundary can move the first response token. A tokenizer that puts a space before
+every text (sentencepiece's dummy prefix) would put one before the answer, too: there the answer is tokenised as the
+continuation it is.
 """
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -47,6 +50,7 @@ class ChatEncoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
+        self._adds_prefix = self._ids("a") != self._after_newline("a")
 
     def prompt_text(self, example: Example) -> str:
         """The prompt as the model sees it, up to where its answer starts."""
@@ -57,6 +61,9 @@ class ChatEncoder:
     def prompt(self, example: Example) -> list[int]:
         """Token ids of the prompt. Raises ``DataError`` for an empty prompt."""
         ids = self._ids(self.prompt_text(example), special=isinstance(example.prompt, str))
+        # A tokenizer that closes every text would end the prompt before the answer.
+        if isinstance(example.prompt, str) and ids and ids[-1] == self.tokenizer.eos_token_id:
+            ids = ids[:-1]
         if not ids:
             raise DataError("the prompt has no tokens", where=f"example {example.id}")
         return ids
@@ -71,7 +78,7 @@ class ChatEncoder:
         if example.completion is None:
             raise DataError("the example has no completion to learn", where=f"example {example.id}")
         if isinstance(example.prompt, str):
-            answer = [*self._ids(example.completion), self._end_id()]
+            answer = [*self._continued(example.completion), self._end_id()]
             return self._join(example.id, [(self.prompt(example), False), (answer, True)])
         messages = (*example.prompt, Message("assistant", example.completion))
         turns = [i for i, m in enumerate(messages) if m.role == "assistant"] if example.every_turn else []
@@ -80,16 +87,20 @@ class ChatEncoder:
     def stop_ids(self) -> tuple[int, ...]:
         """Ids that end an answer: the tokenizer's end token and what the chat template closes a turn with."""
         ids = [] if self.tokenizer.eos_token_id is None else [int(self.tokenizer.eos_token_id)]
+        special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
         if self.tokenizer.chat_template:
-            probe = self._chat("probe", (Message("user", "a"), Message("assistant", "a")), [1])
-            if probe.ids[-1] in self.tokenizer.all_special_ids:
-                ids.append(probe.ids[-1])
+            # A template that cannot be probed still serves raw-text prompts, which end with the tokenizer's end token.
+            with contextlib.suppress(ModelError):
+                probe = self._chat("probe", (Message("user", "a"), Message("assistant", "a")), [1])
+                ids += [probe.ids[-1]] if probe.ids[-1] in special else []
         return tuple(dict.fromkeys(ids))
 
     def _chat(self, example_id: str, messages: tuple[Message, ...], turns: list[int]) -> Encoded:
         pieces = self._pieces(messages, turns)
         if pieces is not None:
-            return self._join(example_id, [(self._ids(text), learned) for text, learned in pieces])
+            (first, _), *rest = pieces
+            tokens = [(self._ids(first), False), *((self._continued(text), learned) for text, learned in rest)]
+            return self._join(example_id, tokens)
         template = self.tokenizer.chat_template or ""
         if len(turns) == sum(m.role == "assistant" for m in messages) and _MARKER in str(template):
             return self._marked(example_id, messages)
@@ -122,14 +133,12 @@ class ChatEncoder:
 
     def _without_tail(self, answer: str, content: str) -> str:
         """The answer up to its end marker: white space that the template puts after the marker is not learned."""
-        closing = answer[len(content) :] if answer.startswith(content) else answer
-        stripped = closing.rstrip()
-        if not stripped:
+        if answer.rstrip().endswith(content.strip()):
             end = self.tokenizer.eos_token
             if not end:
                 raise ModelError("neither template nor tokenizer has an end token", where=self._name())
-            return answer + str(end)
-        return answer[: len(answer) - (len(closing) - len(stripped))]
+            return (content if answer.startswith(content) else answer.rstrip()) + str(end)
+        return answer.rstrip()
 
     def _marked(self, example_id: str, messages: tuple[Message, ...]) -> Encoded:
         out = self.tokenizer.apply_chat_template(
@@ -155,6 +164,14 @@ class ChatEncoder:
 
     def _ids(self, text: str, *, special: bool = False) -> list[int]:
         return [int(i) for i in self.tokenizer(text, add_special_tokens=special)["input_ids"]]
+
+    def _continued(self, text: str) -> list[int]:
+        """Ids of a text that follows other text."""
+        return self._after_newline(text) if self._adds_prefix else self._ids(text)
+
+    def _after_newline(self, text: str) -> list[int]:
+        before, whole = self._ids("\n"), self._ids("\n" + text)
+        return whole[len(before) :] if whole[: len(before)] == before else self._ids(text)
 
     def _end_id(self) -> int:
         if self.tokenizer.eos_token_id is None:

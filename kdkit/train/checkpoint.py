@@ -43,7 +43,7 @@ class Progress:
         total_steps: Planned steps, so that a resumed schedule cannot silently be another one.
         tokens: Learned tokens so far, all ranks.
         skipped: Steps left out because of a non-finite gradient; ``skipped_in_row`` of them just now.
-        best: Best value of the watched metric and its step.
+        best: Best value of the watched metric; ``best_step`` is its step, ``best_values`` the whole evaluation.
         patience: Evaluations since the best one.
     """
 
@@ -55,6 +55,7 @@ class Progress:
     best: float | None = None
     best_step: int = 0
     patience: int = 0
+    best_values: dict[str, float] = field(default_factory=dict)
     rng: dict[str, Any] = field(default_factory=dict)
 
 
@@ -75,9 +76,9 @@ def save(
     return written
 
 
-def save_best(root: Path, module: nn.Module, step: int, log: Callable[[str], None]) -> None:
-    """Keep the weights of ``step`` as the best so far."""
-    _write(root / "best", {"model": _weights(module)}, {"step": step}, log)
+def save_best(root: Path, module: nn.Module, step: int, log: Callable[[str], None]) -> bool:
+    """Keep the weights of ``step`` as the best so far; False, with a line in the log, when they cannot be written."""
+    return _write(root / "best", {"model": _weights(module)}, {"step": step}, log)
 
 
 def load_best(root: Path, module: nn.Module) -> None:
@@ -171,8 +172,7 @@ def _restore_optimizer(module: nn.Module, optimizer: torch.optim.Optimizer, stor
     for flat, value in stored.items():
         name, _, key = flat.rpartition("/")
         parameter = by_name[name]
-        # AdamW keeps its step counter on the CPU unless it was asked otherwise.
-        optimizer.state[parameter][key] = value if value.ndim == 0 else value.to(parameter.device)
+        optimizer.state[parameter][key] = value.to(parameter.device)
 
 
 def _rng_state() -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin
 
 from kdkit.api.data import TokenBatch
 from kdkit.api.errors import StageError, Stopped
@@ -100,7 +101,12 @@ class _Training:
 
     def __init__(self, task: Task, params: TrainParams, ctx: StageContext, compute: torch.dtype) -> None:
         self.task, self.params, self.ctx = task, params, ctx
-        self.accelerator = Accelerator(cpu=ctx.device == "cpu", mixed_precision="no")
+        # Both are said outright: accelerate would otherwise read them from the environment and scale the gradient.
+        self.accelerator = Accelerator(
+            cpu=ctx.device == "cpu",
+            mixed_precision="no",
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        )
         if params.gradient_checkpointing:
             task.model.gradient_checkpointing_enable({"use_reentrant": False})
         objective = CausalObjective(task.model, task.terms, compute=compute)
@@ -142,6 +148,7 @@ class _Training:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.objective.train()
+        sums = torch.zeros_like(self.window.sums)
         batches = list(micro_batches(rows, self.params.per_device_train_batch_size))
         for index, part in enumerate(batches):
             batch = collate(part, self.task.pad_id, device=self.accelerator.device)
@@ -149,12 +156,13 @@ class _Training:
             with nullcontext() if index == len(batches) - 1 else self.accelerator.no_sync(self.objective):
                 measured = self.objective(batch, signals, self.world / max(tokens, 1))
                 self.accelerator.backward(measured.loss)
-            self.window.sums += measured.sums
+            sums += measured.sums
         norm = self.accelerator.clip_grad_norm_(self.objective.parameters(), self.params.max_grad_norm)
-        self._apply(norm, rows)
-        self.window.tokens += tokens
+        if self._apply(norm, rows):
+            self.window.sums += sums
+            self.window.tokens += tokens
+            self.progress.tokens += tokens
         self.window.positions += self._all_ranks(sum(len(row.ids) for row in rows))
-        self.progress.tokens += tokens
         self.progress.step += 1
 
     def _rows(self, step: int) -> list[Encoded]:
@@ -163,7 +171,8 @@ class _Training:
         mine = rows[self.accelerator.process_index :: self.world]
         return [self.task.data[dataset][row] for dataset, row in mine]
 
-    def _apply(self, norm: Tensor | float | None, rows: Sequence[Encoded]) -> None:
+    def _apply(self, norm: Tensor | float | None, rows: Sequence[Encoded]) -> bool:
+        """Update the weights unless the gradient is not finite; whether they were updated."""
         finite = norm is not None and math.isfinite(float(norm))
         if finite:
             self.optimizer.step()
@@ -179,6 +188,7 @@ class _Training:
                 f"{', '.join(row.id for row in rows[:4])}",
                 hint="lower learning_rate, or set precision: fp32",
             )
+        return finite
 
     def _log(self) -> None:
         seconds = max(time.monotonic() - self.window.started, 1e-9)
@@ -229,19 +239,22 @@ class _Training:
         watched = self.params.metric_for_best_model
         if watched is None:
             return False
-        if self.progress.best is None or values[watched] < self.progress.best:
-            self.progress.best, self.progress.best_step = values[watched], self.progress.step
-            self.progress.patience = 0
-            checkpoint.save_best(self.ctx.checkpoints, self._bare(), self.progress.step, self.ctx.log)
+        progress = self.progress
+        if progress.best is None or values[watched] < progress.best:
+            # Weights that could not be kept are no best ones: the step before stays the one to go back to.
+            if checkpoint.save_best(self.ctx.checkpoints, self._bare(), progress.step, self.ctx.log):
+                progress.best, progress.best_step, progress.best_values = values[watched], progress.step, values
+            progress.patience = 0
         else:
             self.progress.patience += 1
         limit = self.params.early_stopping_patience
         return limit is not None and self.progress.patience >= limit
 
     def _finish(self, evaluation: dict[str, float]) -> TrainResult:
-        best = self.progress.best_step if self.params.metric_for_best_model else None
+        best = self.progress.best_step or None
         if best is not None and best != self.progress.step:
             checkpoint.load_best(self.ctx.checkpoints, self._bare())
+            evaluation = self.progress.best_values
             self.ctx.log(f"kept the weights of step {best}, best {self.params.metric_for_best_model}")
         return TrainResult(self.progress.step, self.progress.tokens, self.progress.skipped, evaluation, best)
 

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from kdkit.api import Params, Precision, Runtime
 from kdkit.api.protocols import DatasetLoader, Loss
-from kdkit.api.slots import OneOrMore, Weighted
+from kdkit.api.slots import Component, OneOrMore, Weighted
 
 __all__ = ["OptimParams", "TrainParams"]
 
@@ -41,7 +41,7 @@ class TrainParams(OptimParams):
 
     data: OneOrMore[Weighted[DatasetLoader]]
     """Training rows: one dataset, or a list mixed by ``weight``."""
-    eval_data: OneOrMore[Weighted[DatasetLoader]] | None = None
+    eval_data: OneOrMore[Component[DatasetLoader]] | None = None
     """Held-out rows for the loss during training."""
     losses: list[Weighted[Loss]] = Field(min_length=1)
     """Weighted sum of losses; weights are used as they are."""
@@ -60,7 +60,7 @@ class TrainParams(OptimParams):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     precision: Precision = "auto"
-    """Matrix products in bf16 or fp32; weights and optimiser stay in fp32."""
+    """Matrix products in bf16 or fp32; weights and optimiser stay in fp32, and are saved in this precision."""
     logging_steps: Annotated[int, Runtime(), Field(ge=1)] = 10
     """Steps between log lines."""
     save_steps: Annotated[int, Runtime(), Field(ge=1)] = 200
@@ -68,7 +68,7 @@ class TrainParams(OptimParams):
     eval_steps: int | None = Field(None, ge=1)
     """Steps between evaluations of ``eval_data``; by default only at the end."""
     eval_rows: int | None = Field(None, ge=1)
-    """At most this many rows of ``eval_data``."""
+    """At most this many rows of each dataset of ``eval_data``."""
     metric_for_best_model: str | None = None
     """Keep the weights that were best by this evaluation value: ``loss`` or the name of a loss; lower is better."""
     early_stopping_patience: int | None = Field(None, ge=1)
@@ -80,8 +80,10 @@ class TrainParams(OptimParams):
             for name in ("eval_steps", "eval_rows", "metric_for_best_model", "early_stopping_patience"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"{name} needs eval_data")
-        if self.early_stopping_patience and not (self.metric_for_best_model and self.eval_steps):
-            raise ValueError("early_stopping_patience needs metric_for_best_model and eval_steps")
+        if self.metric_for_best_model and not self.eval_steps:
+            raise ValueError("metric_for_best_model needs eval_steps")
+        if self.early_stopping_patience and not self.metric_for_best_model:
+            raise ValueError("early_stopping_patience needs metric_for_best_model")
         names = {"loss", *(loss.name for loss in self.losses)}
         if self.metric_for_best_model and self.metric_for_best_model not in names:
             raise ValueError(f"metric_for_best_model is one of {', '.join(sorted(names))}")

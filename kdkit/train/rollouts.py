@@ -21,8 +21,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from kdkit.api import Sampling
+    from kdkit.models.chat import ChatEncoder
 
-__all__ = ["generate"]
+__all__ = ["generate", "stop_ids"]
+
+
+def stop_ids(model: PreTrainedModel, encoder: ChatEncoder) -> tuple[int, ...]:
+    """Ids that end an answer: those of tokenizer and chat template, and those the model itself names."""
+    named = model.generation_config.eos_token_id if model.generation_config else None
+    own = named if isinstance(named, list) else [] if named is None else [named]
+    return tuple(dict.fromkeys([*encoder.stop_ids(), *own]))
 
 
 def generate(

@@ -152,7 +152,7 @@ def test_evaluate_and_report_have_the_contract_fields(tmp_path, models):
 
 
 def test_perplexity_is_that_of_the_whole_answer_and_its_end(tmp_path, models):
-    result = run(tmp_path, {"eval": evaluate(models, metrics=[{"use": "perplexity"}])})
+    result = run(tmp_path, {"eval": evaluate(models, metrics=[{"use": "perplexity"}], teacher=None)})
     scores = json.loads((result.stage("eval").outputs["scores"].path / "scores.json").read_text())
     found = scores["models"]["student"]["results"]["jsonl"]["perplexity"]
     model, tokenizer = tiny_model(layers=2, seed=2), tiny_tokenizer()
@@ -323,3 +323,112 @@ def test_generation_stops_where_training_ended_an_answer(tmp_path, models, hande
     result = run(tmp_path, {"sft": sft(models, model=str(other))})
     saved = GenerationConfig.from_pretrained(result.stage("sft").outputs["model"].path)
     assert saved.eos_token_id == [256, 258]
+
+
+class ScriptedTeacher:
+    """Answers with the seed it was given; counts its calls."""
+
+    def __init__(self):
+        self.seeds: list[int] = []
+
+    def generate(self, prompts, sampling, seed, /):
+        from kdkit.api import Completion
+
+        self.seeds += [seed + i for i in range(len(prompts))]
+        return [Completion(f"answer {seed + i}", (1, 2)) for i in range(len(prompts))]
+
+    def close(self):
+        pass
+
+
+class GenerateContext:
+    """What the generate stage uses of its context."""
+
+    def __init__(self, root: Path, teacher: ScriptedTeacher, *, stop: bool = False):
+        self.out, self.checkpoints, self.name = root / "out", root / "checkpoints", "answers"
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.teacher, self.stop = teacher, stop
+
+    def load(self, component):
+        from kdkit.api import Example, Rows
+
+        return Rows(examples=[Example(id=str(i), prompt=f"{i}?") for i in range(20)])
+
+    def build(self, component):
+        return self.teacher
+
+    def seed_for(self, purpose):
+        return 1000
+
+    def stopping(self):
+        return self.stop
+
+    def log(self, message):
+        pass
+
+    def progress(self, step, total, **values):
+        pass
+
+
+def generate_stage(ctx: GenerateContext) -> dict:
+    from kdkit.plugins.stages import generating
+    from kdkit.plugins.stages.plugin import GenerateParams
+
+    return generating.run(GenerateParams.model_construct(teacher=None, data=[None]), ctx)
+
+
+def test_a_stopped_generate_stage_keeps_whole_chunks_and_goes_on(tmp_path, monkeypatch):
+    from kdkit.api.errors import Stopped
+    from kdkit.plugins.stages import generating
+
+    monkeypatch.setattr(generating, "CHUNK", 8)
+    straight = ScriptedTeacher()
+    want = generate_stage(GenerateContext(tmp_path / "a", straight))["data"].path.read_text()
+    assert len(set(straight.seeds)) == 20, "every prompt has a seed of its own"
+    first, second = ScriptedTeacher(), ScriptedTeacher()
+    with pytest.raises(Stopped, match="after 8 answers"):
+        generate_stage(GenerateContext(tmp_path / "b", first, stop=True))
+    got = generate_stage(GenerateContext(tmp_path / "b", second))["data"].path.read_text()
+    assert (len(first.seeds), len(second.seeds)) == (8, 12)
+    assert got == want
+
+
+def test_rows_over_max_length_have_no_perplexity(tmp_path, models):
+    scores = []
+    for limit in (2048, 24):
+        result = run(
+            tmp_path, {"eval": evaluate(models, max_length=limit, metrics=[{"use": "perplexity"}], teacher=None)}
+        )
+        assert result.ok, result.error
+        text = (result.stage("eval").outputs["scores"].path / "scores.json").read_text()
+        scores.append(json.loads(text)["models"]["student"]["results"]["jsonl"]["perplexity"]["n"])
+    assert 0 < scores[1] < scores[0]
+
+
+def test_eval_rows_limits_the_evaluation(tmp_path, models, handed_over):
+    held_out = {"use": "jsonl", "source": "./rows.jsonl", "split": "test", "test_fraction": 0.5}
+    assert run(tmp_path, {"sft": sft(models, eval_data=held_out, eval_rows=3)}).ok
+    assert len(handed_over[0][0].held_out) == 3
+
+
+def test_generation_defaults_that_transformers_refuses_to_save_do_not_lose_the_training(tmp_path, models):
+    from transformers import GenerationConfig
+
+    other = save_tiny_model(tmp_path / "other")
+    values = json.loads((other / "generation_config.json").read_text())
+    (other / "generation_config.json").write_text(json.dumps({**values, "temperature": 0.6, "top_p": 0.9}))
+    result = run(tmp_path, {"sft": sft(models, model=str(other))})
+    assert result.ok, result.error
+    assert GenerationConfig.from_pretrained(result.stage("sft").outputs["model"].path).eos_token_id == [258]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"models": {"../x": "a/b"}}, "'../x' is no name"),
+        ({"metrics": [{"use": "rouge-l"}]}, "no metric uses the teacher"),
+        ({"sampling": {"temperature": 0.7}}, "need do_sample: true"),
+    ],
+)
+def test_mistakes_in_an_evaluation_are_found_before_it_runs(tmp_path, models, change, message):
+    assert message in " | ".join(problems(tmp_path, {"eval": {**evaluate(models), **change}}))

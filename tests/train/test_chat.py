@@ -109,3 +109,77 @@ def test_a_template_that_refuses_the_messages_is_one_error():
     template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}x"
     with pytest.raises(ModelError, match="refused the messages: no system role"):
         encoder(template).prompt(Example(id="1", prompt=PROMPT))
+
+
+def test_only_raw_text_prompts_get_the_tokenizers_own_special_tokens():
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 256)]
+    )
+    enc = ChatEncoder(tokenizer)
+    raw = enc.training(Example(id="1", prompt="q", completion="a"))
+    assert raw.ids.count(256) == 1
+    assert raw.ids[0] == 256
+    assert list(raw.ids[:2]) == enc.prompt(Example(id="1", prompt="q"))
+    chat = enc.training(Example(id="1", prompt=PROMPT, completion="a"))
+    assert 256 not in chat.ids
+
+
+def sentencepiece_like():
+    """Metaspace with a dummy prefix, as in Llama 2: every text that is tokenised alone starts with a space."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+
+    chars = ["▁", "\n", *"abcdefghijklmnopqrstuvwxyz[]/:.?", "▁g", "<s>", "</s>"]
+    tokenizer = Tokenizer(BPE(vocab={c: i for i, c in enumerate(chars)}, merges=[("▁", "g")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+    fast.chat_template = MISTRAL.replace("<|endoftext|>", "</s>").replace("INST", "inst")
+    return fast
+
+
+def test_a_dummy_prefix_is_not_put_before_the_answer():
+    enc = ChatEncoder(sentencepiece_like())
+    row = enc.training(Example(id="1", prompt=(Message("user", "hi"),), completion="good"))
+    answer = enc.tokenizer.convert_ids_to_tokens([i for i, f in zip(row.ids, row.learned, strict=True) if f])
+    assert answer == ["▁g", "o", "o", "d", "</s>"]
+    raw = enc.training(Example(id="1", prompt="a:\n", completion="good"))
+    answer = enc.tokenizer.convert_ids_to_tokens([i for i, f in zip(raw.ids, raw.learned, strict=True) if f])
+    assert answer == ["g", "o", "o", "d", "</s>"]
+
+
+def test_an_end_of_turn_that_has_no_name_still_stops_generation():
+    from tokenizers import AddedToken
+
+    tokenizer = tiny_tokenizer(chat_template=CHAT_TEMPLATE.replace("<|im_end|>", "<turn_end>"))
+    tokenizer.add_tokens([AddedToken("<turn_end>", special=True)])
+    assert ChatEncoder(tokenizer).stop_ids() == (258, 259)
+
+
+@pytest.mark.parametrize("content", [" yo", "yo ", "yo"])
+def test_an_answer_without_end_marker_gets_one_also_when_the_template_trims(content):
+    template = "{% for m in messages %}{{ '[' + m['role'] + '] ' + (m['content'] | trim) }}{% endfor %}" \
+        "{% if add_generation_prompt %}{{ '[assistant] ' }}{% endif %}"  # fmt: skip
+    row = Example(id="1", prompt=(Message("user", "hi"),), completion=content)
+    assert learned_text(encoder(template), row).strip() == "yo<|im_end|>"
+
+
+def test_a_tokenizer_that_ends_every_text_does_not_end_the_prompt():
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A <|im_end|>", special_tokens=[("<|im_end|>", 258)]
+    )
+    assert 258 not in ChatEncoder(tokenizer).prompt(Example(id="1", prompt="abc"))
+
+
+def test_a_template_that_cannot_be_probed_serves_raw_text():
+    enc = encoder("{{ raise_exception('no') }}")
+    assert enc.stop_ids() == (258,)
+    assert learned_text(enc, Example(id="1", prompt="q", completion="a")) == "a<|im_end|>"

@@ -92,7 +92,7 @@ def test_top_k_is_a_lower_bound_that_sees_leaked_mass():
     assert (loss(TokenLossInputs(logits(7), signal, labels())) <= dense + 1e-12).all()
     # Moving the student's mass out of the top-k must cost something: a renormalised top-k would not notice.
     leaked = student.scatter_add(-1, signal.ids, torch.full_like(signal.logprobs, -3.0))
-    assert (loss(TokenLossInputs(leaked, signal, labels())) > 0.1).all()
+    assert (loss(TokenLossInputs(leaked, signal, labels())) > 0.02).all()
 
 
 def test_top_k_refuses_another_temperature():

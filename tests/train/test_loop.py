@@ -360,3 +360,36 @@ def test_patience_counts_from_the_last_improvement(tmp_path, monkeypatch):
     result, _, _ = run(tmp_path, held_out=make_rows(2), eval_steps=1, metric_for_best_model="loss",
                        early_stopping_patience=3, max_steps=20)  # fmt: skip
     assert (result.steps, result.best_step) == (6, 3)
+
+
+def test_best_weights_that_cannot_be_written_are_not_claimed(tmp_path, monkeypatch):
+    real, calls = checkpoint.save_file, []
+
+    def second_is_full(tensors, path):
+        calls.append(path)
+        if "best" in str(path) and sum("best" in str(p) for p in calls) > 1:
+            raise OSError("No space left on device")
+        real(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", second_is_full)
+    result, _, ctx = run(tmp_path, held_out=make_rows(6), rows=make_rows(6), eval_steps=1,
+                         metric_for_best_model="loss", max_steps=5)  # fmt: skip
+    assert result.best_step == 1
+    assert any("best not written: No space left" in line for line in ctx.logs)
+    first = next(v["eval/loss"] for _, v in ctx.values if "eval/loss" in v)
+    assert result.evaluation["loss"] == pytest.approx(first)
+
+
+def test_skipped_steps_are_neither_counted_nor_logged(tmp_path):
+    result, _, ctx = run(tmp_path, terms=poisoned({2}), logging_steps=4)
+    assert all(math.isfinite(values["train/loss"]) for _, values in ctx.values)
+    straight, _, _ = run(tmp_path / "b", max_steps=8)
+    assert 0 < result.tokens < straight.tokens
+
+
+def test_the_environment_does_not_scale_the_gradient(tmp_path, monkeypatch):
+    seen = record(monkeypatch)
+    run(tmp_path / "a", max_steps=1, max_grad_norm=1e9)
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    run(tmp_path / "b", max_steps=1, max_grad_norm=1e9)
+    assert torch.equal(flat(seen[0]["grads"]), flat(seen[1]["grads"]))

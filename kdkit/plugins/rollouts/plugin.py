@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from kdkit.api import Params, Precision, RolloutSpec, Runtime, hookimpl
+from kdkit.api import Params, Precision, RolloutSpec, hookimpl
 
 if TYPE_CHECKING:
     from kdkit.api import BuildContext, RolloutEngine, RolloutModel
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 class TransformersRolloutParams(Params):
     """Generation with transformers in this process."""
 
-    batch_size: Annotated[int, Runtime(), Field(ge=1)] = 32
-    """Prompts decoded together."""
+    batch_size: int = Field(32, ge=1)
+    """Prompts decoded together; in bf16 the rounding, and so an answer, can depend on it."""
     precision: Precision = "auto"
     """Matrix products in bf16 or fp32 when the engine loads the model itself."""
 

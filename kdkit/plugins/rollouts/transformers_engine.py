@@ -10,7 +10,7 @@ import torch
 from kdkit.api.artifacts import Model
 from kdkit.models.chat import ChatEncoder
 from kdkit.models.load import load_model
-from kdkit.train.rollouts import generate
+from kdkit.train.rollouts import generate, stop_ids
 
 if TYPE_CHECKING:
     from kdkit.api import BuildContext, Completion, RolloutModel, Sampling
@@ -27,7 +27,7 @@ class TransformersRollouts:
         live = model.live
         self._model = live if live is not None else load_model(Model(path=model.path), dtype=dtype).to(ctx.device)
         self._tokenizer = model.tokenizer
-        self._stop_ids = ChatEncoder(model.tokenizer).stop_ids()
+        self._stop_ids = stop_ids(self._model, ChatEncoder(model.tokenizer))
         self._batch_size = params.batch_size
 
     def generate(

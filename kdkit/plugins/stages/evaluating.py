@@ -13,7 +13,7 @@ import torch
 
 from kdkit.api.artifacts import Model, Scores
 from kdkit.api.data import Completion, Example, MetricResult, Prediction
-from kdkit.api.errors import DataError, StageError
+from kdkit.api.errors import DataError, StageError, Stopped
 from kdkit.api.protocols import RolloutModel
 from kdkit.models.chat import ChatEncoder
 from kdkit.models.heads import verify_split
@@ -78,6 +78,7 @@ class _Evaluation:
         if self.params.teacher is not None and "teacher-kl" in self.needs:
             self.teacher = self.ctx.build(self.params.teacher)
         try:
+            self._check_prompts()
             models = {name: self._model(name, ref) for name, ref in self.params.models.items()}
         finally:
             if self.teacher is not None:
@@ -120,12 +121,14 @@ class _Evaluation:
         tokenizer = load_tokenizer(artifact)
         model = load_model(artifact, dtype=dtype).to(self.ctx.device)
         verify_split(model)
+        if self.teacher is not None:
+            check_same_vocabulary(vocabulary(tokenizer, model), self.teacher.vocabulary)
         return _Subject(name, artifact, model, tokenizer, ChatEncoder(tokenizer))
 
     def _predict(self, subject: _Subject, dataset: str, rows: Sequence[Example], speed: _Speed) -> list[Prediction]:
-        prompts = encode_prompts(
-            rows, subject.encoder, max_prompt_length=self.params.max_prompt_length, name=f"dataset {dataset}"
-        )
+        if self.ctx.stopping():
+            raise Stopped(f"stopped before {subject.name} on {dataset}; an evaluation starts again from the beginning")
+        prompts = self._prompts(subject.encoder, dataset, rows)
         decoded = self._decode(subject, prompts, speed) if "completion" in self.needs else [None] * len(rows)
         scores = self._forced(subject, dataset, rows) if self.needs & {"nll", "teacher-kl"} else {}
         self.done += 1
@@ -134,6 +137,17 @@ class _Evaluation:
             _prediction(row, subject.encoder.prompt_text(row), completion, scores.get(row.id))
             for row, completion in zip(rows, decoded, strict=True)
         ]
+
+    def _prompts(self, encoder: ChatEncoder, dataset: str, rows: Sequence[Example]) -> list[list[int]]:
+        limit = self.params.max_prompt_length
+        return encode_prompts(rows, encoder, max_prompt_length=limit, name=f"dataset {dataset}")
+
+    def _check_prompts(self) -> None:
+        """Find a prompt that is too long for any model before the first model answers."""
+        for ref in self.params.models.values():
+            encoder = ChatEncoder(load_tokenizer(self.ctx.resolve(ref)))
+            for dataset, rows in self.data.items():
+                self._prompts(encoder, dataset, rows)
 
     def _decode(self, subject: _Subject, prompts: Sequence[Sequence[int]], speed: _Speed) -> Sequence[Completion]:
         engine = self.ctx.build(

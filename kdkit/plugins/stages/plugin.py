@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 from pydantic import BeforeValidator, Field
 
@@ -16,7 +17,6 @@ from kdkit.api import (
     Precision,
     Ref,
     ReportFiles,
-    Runtime,
     Sampling,
     Scores,
     StageContext,
@@ -27,6 +27,7 @@ from kdkit.api import (
 from kdkit.api.protocols import DatasetLoader, Loss, Metric, RolloutEngine, StageOutputs, Teacher
 from kdkit.train.params import TrainParams
 
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 Problems = list[tuple[tuple[str | int, ...], str]]
 
 
@@ -59,7 +60,7 @@ class GenerateParams(Params):
 
     teacher: Component[Teacher]
     """Who answers."""
-    data: OneOrMore[Weighted[DatasetLoader]]
+    data: OneOrMore[Component[DatasetLoader]]
     """Prompts; completions that are already there are replaced."""
     sampling: Sampling = Sampling()
     """Decoding. Answers that hit max_new_tokens are left out: half an answer teaches where not to stop."""
@@ -90,8 +91,8 @@ class EvaluateParams(Params):
     """A longer prompt is an error: every model answers the same prompts."""
     max_length: int = Field(2048, ge=2)
     """Prompt and reference together, for teacher-forced metrics; longer rows are left out and counted."""
-    per_device_eval_batch_size: Annotated[int, Runtime(), Field(ge=1)] = 16
-    """Rows of one teacher-forced forward pass."""
+    per_device_eval_batch_size: int = Field(16, ge=1)
+    """Rows of one teacher-forced forward pass; in bf16 the rounding depends on it."""
     precision: Precision = "auto"
     """Weights and matrix products in bf16 or fp32."""
 
@@ -193,7 +194,21 @@ def _check_evaluate(params: EvaluateParams) -> Problems:
         teacher: Any = params.teacher.found.spec
         if "logits" not in teacher.gives:
             problems.append((("teacher", "use"), f"'{params.teacher.name}' gives no logits"))
+        if "teacher-kl" not in {need for metric in params.metrics for need in _needs(metric)}:
+            problems.append((("teacher",), "no metric uses the teacher; add teacher-kl, or leave the teacher out"))
+    # Names become parts of file names.
+    for slot, names_of in (("models", params.models), ("data", params.data)):
+        problems += [
+            ((slot, name), f"'{name}' is no name; use letters, digits, '.', '_' and '-'")
+            for name in names_of
+            if not _NAME.fullmatch(name)
+        ]
     return problems
+
+
+def _needs(metric: Component[Metric]) -> frozenset[str]:
+    spec: Any = metric.found.spec
+    return frozenset(spec.needs)
 
 
 @hookimpl

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import GenerationConfig
 
 from kdkit.api.artifacts import Model
 from kdkit.api.errors import StageError
@@ -18,11 +20,12 @@ from kdkit.models.save import read_provenance, save_model
 from kdkit.train.encoding import encode_rows
 from kdkit.train.loop import Task, TrainResult, train
 from kdkit.train.objective import LossTerm
+from kdkit.train.rollouts import stop_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from kdkit.api import StageContext, Teacher, Weighted
+    from kdkit.api import Component, StageContext, Teacher
     from kdkit.api.protocols import DatasetLoader, StageOutputs
     from kdkit.models.chat import Encoded
     from kdkit.plugins.stages.plugin import DistillParams, SftParams
@@ -83,9 +86,10 @@ def _train(
         held_out=_held_out(params, encoder, ctx),
         signals=teacher.signals if teacher is not None else None,
     )
+    # Before the work: what cannot be saved afterwards must not be found out afterwards.
+    _stop_where_trained(student.model, encoder)
     precision = ctx.precision(params.precision)
     result = train(task, params, ctx, compute=torch.bfloat16 if precision == "bf16" else torch.float32)
-    _stop_where_trained(student.model, encoder)
     return {"model": _save(params, ctx, student, result, precision=precision, method=method)}
 
 
@@ -103,7 +107,7 @@ def _terms(params: TrainParams, ctx: StageContext, shared: int | None) -> list[L
 
 
 def _encode(
-    component: Weighted[DatasetLoader], encoder: ChatEncoder, params: TrainParams, ctx: StageContext
+    component: Component[DatasetLoader], encoder: ChatEncoder, params: TrainParams, ctx: StageContext
 ) -> list[Encoded]:
     rows = ctx.load(component)
     return encode_rows(
@@ -117,16 +121,24 @@ def _encode(
 
 
 def _held_out(params: TrainParams, encoder: ChatEncoder, ctx: StageContext) -> Sequence[Encoded]:
-    rows = [row for component in params.eval_data or () for row in _encode(component, encoder, params, ctx)]
-    return rows[: params.eval_rows] if params.eval_rows else rows
+    parts = [_encode(component, encoder, params, ctx) for component in params.eval_data or ()]
+    return [row for part in parts for row in part[: params.eval_rows]]
 
 
 def _stop_where_trained(model: PreTrainedModel, encoder: ChatEncoder) -> None:
-    """Let ``generate`` stop at the end token that was trained, whatever the base model stopped at."""
+    """Let ``generate`` stop at the end token that is trained, whatever the base model stopped at.
+
+    transformers refuses to save a changed configuration with sampling values but without ``do_sample``, which many
+    published models have; they are dropped then, since greedy decoding never used them.
+    """
     config: Any = model.generation_config
-    before = config.eos_token_id
-    known = list(before) if isinstance(before, list) else [] if before is None else [before]
-    config.eos_token_id = list(dict.fromkeys([*known, *encoder.stop_ids()]))
+    config.eos_token_id = list(stop_ids(model, encoder))
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        model.generation_config = GenerationConfig(
+            bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
+        )
 
 
 def _save(
@@ -148,7 +160,7 @@ def _save(
         "recipe": ctx.recipe,
         "stage": ctx.name,
         "base_model": base_model,
-        "evaluation": result.evaluation,
+        "evaluation": {k: v if math.isfinite(v) else None for k, v in result.evaluation.items()},
     }
     card = ModelCard(
         name=f"{ctx.recipe}: {ctx.name}",

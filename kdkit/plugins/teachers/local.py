@@ -14,7 +14,7 @@ from kdkit.models.heads import CausalParts, split, verify_split
 from kdkit.models.load import Vocabulary, load_model, load_tokenizer, vocabulary
 from kdkit.train.divergences import upcast
 from kdkit.train.objective import valid_hidden
-from kdkit.train.rollouts import generate
+from kdkit.train.rollouts import generate, stop_ids
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,7 +65,7 @@ class LocalTeacher:
             [encoder.prompt(example) for example in prompts],
             sampling,
             [(seed + index) % 2**63 for index in range(len(prompts))],
-            stop_ids=encoder.stop_ids(),
+            stop_ids=stop_ids(self._model, encoder),
             batch_size=self._batch_size,
         )
 

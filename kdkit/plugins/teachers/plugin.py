@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from kdkit.api import Model, Params, Precision, Ref, Runtime, TeacherSpec, hookimpl
+from kdkit.api import Model, Params, Precision, Ref, TeacherSpec, hookimpl
 
 if TYPE_CHECKING:
     from kdkit.api import BuildContext, Teacher
@@ -20,8 +20,8 @@ class LocalTeacherParams(Params):
     """The teacher."""
     precision: Precision = "auto"
     """Weights and matrix products in bf16 or fp32."""
-    batch_size: Annotated[int, Runtime(), Field(ge=1)] = 32
-    """Prompts decoded together when it writes answers."""
+    batch_size: int = Field(32, ge=1)
+    """Prompts decoded together when it writes answers; in bf16 the rounding, and so an answer, can depend on it."""
 
 
 def _local(params: LocalTeacherParams, ctx: BuildContext) -> Teacher:
