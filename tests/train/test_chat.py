@@ -163,8 +163,8 @@ def test_an_end_of_turn_that_has_no_name_still_stops_generation():
 
 @pytest.mark.parametrize("content", [" yo", "yo ", "yo"])
 def test_an_answer_without_end_marker_gets_one_also_when_the_template_trims(content):
-    template = "{% for m in messages %}{{ '[' + m['role'] + '] ' + (m['content'] | trim) }}{% endfor %}" \
-        "{% if add_generation_prompt %}{{ '[assistant] ' }}{% endif %}"  # fmt: skip
+    turns = "{% for m in messages %}{{ '[' + m['role'] + '] ' + (m['content'] | trim) }}{% endfor %}"
+    template = turns + "{% if add_generation_prompt %}{{ '[assistant] ' }}{% endif %}"
     row = Example(id="1", prompt=(Message("user", "hi"),), completion=content)
     assert learned_text(encoder(template), row).strip() == "yo<|im_end|>"
 
