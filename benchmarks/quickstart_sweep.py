@@ -19,17 +19,17 @@ VARIANTS = {
     "20 layers, a block of ten left out (the recipe)": BLOCK,
     "20 layers, evenly spaced": 20,
 }
-# Half the steps and fewer test prompts than the recipe: a comparison of sizes, not of final quality.
+# A fifth of the steps and fewer test prompts than the recipe: a comparison of sizes, not of final quality.
 SMALL = {
-    "stages.sft.max_steps": 30,
-    "stages.kd.max_steps": 30,
-    "stages.eval.data.max_rows": 48,
-    "stages.eval.sampling.max_new_tokens": 64,
+    "stages.sft.max_steps": 12,
+    "stages.kd.max_steps": 12,
+    "stages.eval.data.max_rows": 32,
+    "stages.eval.sampling.max_new_tokens": 48,
 }
 HEAD = """# Quickstart at several student sizes
 
-Written by `python benchmarks/quickstart_sweep.py`; every row is `recipes/quickstart.yaml` with other `keep_layers`, 30
-steps instead of 60 and 48 test prompts. A comparison of sizes: the recipe's own figures are in the README.
+Written by `python benchmarks/quickstart_sweep.py`; every row is `recipes/quickstart.yaml` with other `keep_layers`, 12
+steps instead of 60 and 32 test prompts. A comparison of sizes: the recipe's own figures are in the README.
 
 Teacher: SmolLM2-135M-Instruct, 30 layers, {parameters:.1f}M parameters. SFT and KD learn the same {tokens:,} tokens.
 Perplexity and KL (nats per token) are over the teacher's answers to held-out prompts, Rouge-L compares with them
