@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,6 +23,12 @@ CHAIN = """\
   a: {kind: count, steps: 3}
   b: {kind: count, steps: 2, source: "${stages.a.data}"}
   c: {kind: sheet, source: "${stages.b.data}"}"""
+
+
+def _default_signals() -> None:
+    """Under nohup, or in a background job, a child would inherit ignored signals."""
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_DFL)
 
 
 @dataclass
@@ -65,6 +72,7 @@ class Project:
             text=True,
             cwd=self.root,
             env={**os.environ, **environ},
+            preexec_fn=_default_signals,  # noqa: PLW1509 - this process starts no threads
         )
 
     def kdkit(self, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:

@@ -133,7 +133,7 @@ def test_a_missing_input_names_file_and_line(project):
     (project.root / "rows.jsonl").write_text("x")
     recipe = project.load("  a: {kind: count, source: ./rows.jsonl}")
     (project.root / "rows.jsonl").unlink()
-    with pytest.raises(DataError, match=r"recipe\.yaml:7: .*rows\.jsonl: no such file"):
+    with pytest.raises(DataError, match=r"recipe\.yaml:7:28: source: .*rows\.jsonl: no such file"):
         make_plan(recipe, project.store)
 
 

@@ -19,7 +19,7 @@ def test_a_run_prints_results_on_stdout_and_the_rest_on_stderr(project):
     project.recipe()
     done = project.kdkit("run", "recipe.yaml")
     assert done.returncode == 0
-    assert [line.split()[0] for line in done.stdout.splitlines()] == ["run", "result", "result", "result", "report"]
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["run", *["result"] * 3, "report", "next"]
     assert "a  started (never ran)" in done.stderr
     assert "a  done in" in done.stderr
     again = project.kdkit("run", "recipe.yaml")

@@ -137,7 +137,7 @@ def test_components_as_defaults(install, catalog, loss_module):
 
 def test_nested_parameters_follow_the_one_that_holds_them():
     class P(Params):
-        sampling: Sampling = Sampling(temperature=0.5)
+        sampling: Sampling = Sampling(do_sample=True, temperature=0.5)
         """How to
         decode."""
         cases: tuple[Case, ...] = ()

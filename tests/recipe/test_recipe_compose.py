@@ -13,7 +13,7 @@ def test_extends_merges_mappings_and_replaces_the_rest(desk):
         "base.yaml",
         HEAD
         + "seed: 5\nstages:\n  t: {kind: train, model: ./model, data: [{use: rows}, {use: rows}], max_steps: 7, "
-        + "sampling: {top_k: 3, top_p: 0.5}}\n",
+        + "sampling: {do_sample: true, top_k: 3, top_p: 0.5}}\n",
     )
     recipe = desk.good(
         "extends: base.yaml\nname: child\nstages: {t: {max_steps: 8, data: [{use: rows}], sampling: {top_k: 4}}}"
@@ -24,7 +24,7 @@ def test_extends_merges_mappings_and_replaces_the_rest(desk):
         "model": "./model",
         "data": [{"use": "rows"}],
         "max_steps": 8,
-        "sampling": {"top_k": 4, "top_p": 0.5},
+        "sampling": {"do_sample": True, "top_k": 4, "top_p": 0.5},
     }
     assert "extends" not in recipe.data
 
@@ -211,6 +211,7 @@ def test_set_changes_makes_and_indexes(desk):
         text,
         sets=[
             "stages.t.max_steps=50",
+            "stages.t.sampling.do_sample=true",
             "stages.t.sampling.top_k=3",
             "stages.t.data.0.split=test",
             "stages.t.losses.temperature=2",
