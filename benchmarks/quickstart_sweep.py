@@ -76,7 +76,12 @@ def main(names: list[str]) -> None:
     (ROOT / "docs" / "quickstart-sweep.md").write_text(head + table, encoding="utf-8")
     results = ROOT / "benchmarks" / "results"
     results.mkdir(exist_ok=True)
-    text = json.dumps({name: report["models"] for name, report in reports.items()}, indent=1)
+    # Paths belong to one machine.
+    figures = {
+        name: {model: {k: v for k, v in facts.items() if k != "path"} for model, facts in report["models"].items()}
+        for name, report in reports.items()
+    }
+    text = json.dumps(figures, indent=1)
     (results / "quickstart_sweep.json").write_text(text + "\n", encoding="utf-8")
 
 
