@@ -90,9 +90,15 @@ def test_top_k_is_a_lower_bound_that_sees_leaked_mass():
     student = teacher.clone()
     dense = loss(TokenLossInputs(logits(7), Dense(teacher), labels()))
     assert (loss(TokenLossInputs(logits(7), signal, labels())) <= dense + 1e-12).all()
-    # Moving the student's mass out of the top-k must cost something: a renormalised top-k would not notice.
+    # Moving the student's mass out of the top-k must cost exactly what K + 1 classes say: renormalising would give 0.
     leaked = student.scatter_add(-1, signal.ids, torch.full_like(signal.logprobs, -3.0))
-    assert (loss(TokenLossInputs(leaked, signal, labels())) > 0.02).all()
+    p, q = torch.softmax(teacher, -1), torch.softmax(leaked, -1)
+    kept_p, kept_q = p.gather(-1, signal.ids), q.gather(-1, signal.ids)
+    tail_p, tail_q = 1 - kept_p.sum(-1), 1 - kept_q.sum(-1)
+    expected = (kept_p * (kept_p / kept_q).log()).sum(-1) + tail_p * (tail_p / tail_q).log()
+    assert expected.min() > 0.01
+    got = loss(TokenLossInputs(leaked, signal, labels()))
+    assert got.tolist() == pytest.approx(expected.tolist(), rel=1e-9)
 
 
 def test_top_k_refuses_another_temperature():
