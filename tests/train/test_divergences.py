@@ -91,7 +91,7 @@ def test_top_k_is_a_lower_bound_that_sees_leaked_mass():
     dense = loss(TokenLossInputs(logits(7), Dense(teacher), labels()))
     assert (loss(TokenLossInputs(logits(7), signal, labels())) <= dense + 1e-12).all()
     # Moving the student's mass out of the top-k must cost exactly what K + 1 classes say: renormalising would give 0.
-    leaked = student.scatter_add(-1, signal.ids, torch.full_like(signal.logprobs, -3.0))
+    leaked = student.scatter_add(-1, signal.ids, torch.full_like(signal.logprobs, -3.0)).requires_grad_()
     p, q = torch.softmax(teacher, -1), torch.softmax(leaked, -1)
     kept_p, kept_q = p.gather(-1, signal.ids), q.gather(-1, signal.ids)
     tail_p, tail_q = 1 - kept_p.sum(-1), 1 - kept_q.sum(-1)
@@ -99,6 +99,8 @@ def test_top_k_is_a_lower_bound_that_sees_leaked_mass():
     assert expected.min() > 0.01
     got = loss(TokenLossInputs(leaked, signal, labels()))
     assert got.tolist() == pytest.approx(expected.tolist(), rel=1e-9)
+    (want_grad,), (got_grad,) = (torch.autograd.grad(values.sum(), leaked) for values in (expected, got))
+    assert torch.allclose(got_grad, want_grad, rtol=1e-7, atol=1e-12)
 
 
 def test_top_k_refuses_another_temperature():
