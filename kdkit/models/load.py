@@ -15,7 +15,7 @@ from kdkit.models.locate import check_directory
 from kdkit.models.pretrained import read_model, read_tokenizer
 from kdkit.models.prune import keep_layers, parse_keep_layers
 
-__all__ = ["Vocabulary", "check_same_vocabulary", "load_model", "load_tokenizer", "pad_id", "vocabulary"]
+__all__ = ["Vocabulary", "check_same_vocabulary", "load_model", "load_tokenizer", "vocabulary"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,19 +118,3 @@ def check_same_vocabulary(student: Vocabulary, teacher: Vocabulary) -> int:
 
 def _describe(vocab: Vocabulary) -> str:
     return f"{vocab.tokens:,} tokens and {vocab.size:,} logits (map {vocab.fingerprint[:8]})"
-
-
-def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id that fills rows: the pad token, else the end token. Masks come from lengths, so the two may be equal.
-
-    Raises:
-        ModelError: The tokenizer has neither.
-    """
-    for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token_id is not None:
-            return int(token_id)
-    raise ModelError(
-        "the tokenizer has neither a pad nor an eos token",
-        where=str(tokenizer.name_or_path),
-        hint="set pad_token in tokenizer_config.json",
-    )

@@ -95,15 +95,15 @@ def micro_batches(rows: Sequence[Encoded], size: int) -> Iterator[list[Encoded]]
 
 def collate(
     rows: Sequence[Encoded],
-    pad_id: int,
     *,
     side: Literal["left", "right"] = "right",
     device: torch.device | str = "cpu",
 ) -> TokenBatch:
-    """Pad rows to their longest. Masks come from lengths: a pad id inside a row is an ordinary token."""
+    """Pad rows to their longest. Masks come from lengths: the id that fills is an ordinary token inside a row."""
     width = max(len(row.ids) for row in rows)
     shape = (len(rows), width)
-    ids = np.full(shape, pad_id, dtype=np.int64)
+    # Padding is id 0, which every embedding has; a tokenizer's pad id may lie outside it.
+    ids = np.zeros(shape, dtype=np.int64)
     real, positions = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
     learned = np.zeros(shape, dtype=bool)
     for index, row in enumerate(rows):

@@ -236,13 +236,16 @@ def _problem(path: Path) -> str | None:
 
 
 def check_space(root: Path, module: nn.Module) -> None:
-    """Refuse to start when two checkpoints (weights and two moments) would not fit.
+    """Refuse to start when the kept checkpoints (weights and two moments each) would not fit.
+
+    Those that are there already count: a resume needs the space that is missing, not all of it.
 
     Raises:
         EnvironmentUnmet: Less space is free than that.
     """
     root.mkdir(parents=True, exist_ok=True)
-    need = 2 * 3 * sum(t.numel() * t.element_size() for t in _weights(module).values())
+    there = sum(file.stat().st_size for file in root.glob("step-*/*"))
+    need = KEEP * 3 * sum(t.numel() * t.element_size() for t in _weights(module).values()) - there
     free = shutil.disk_usage(root).free
     if free < need:
         raise EnvironmentUnmet(

@@ -31,7 +31,8 @@ def log_classes(x: TokenLossInputs, temperature: float) -> tuple[Tensor, Tensor]
     outside the top-k, so that nothing is renormalised (reference: TRL's tail bucket).
 
     Raises:
-        ConformanceError: No teacher signal, another vocabulary, or a top-k signal taken at another temperature.
+        ConformanceError: No teacher signal, another vocabulary, a top-k signal taken at another temperature, or ids
+            beyond the student's logits.
     """
     student = torch.log_softmax(upcast(x.student_logits) / temperature, dim=-1)
     if isinstance(x.teacher, Dense):
@@ -52,6 +53,11 @@ def _with_tail(signal: TopK, student: Tensor, temperature: float) -> tuple[Tenso
         raise ConformanceError(
             f"the top-k signal was taken at temperature {signal.temperature:g}, the loss wants {temperature:g}",
             hint="use the same temperature, or take the signal again",
+        )
+    if signal.ids.numel() and (highest := int(signal.ids.max())) >= student.shape[-1]:
+        raise ConformanceError(
+            f"the top-k signal names token {highest}, student and teacher share {student.shape[-1]} entries",
+            hint="take the teacher's top-k over the entries that both models have",
         )
     kept = signal.logprobs.detach().to(student.dtype)
     given = signal.tail_mass

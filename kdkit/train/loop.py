@@ -43,7 +43,6 @@ class Task:
         model: The student, float32 master weights.
         terms: Weighted token losses.
         data: Encoded rows of each training dataset, with ``weights``.
-        pad_id: Id used for padding.
         held_out: Rows for evaluation during training.
         signals: The teacher's view of a batch, when a loss needs it.
     """
@@ -52,7 +51,6 @@ class Task:
     terms: Sequence[LossTerm]
     data: Sequence[Sequence[Encoded]]
     weights: Sequence[float]
-    pad_id: int
     held_out: Sequence[Encoded] = ()
     signals: Callable[[TokenBatch], TeacherSignals] | None = None
 
@@ -151,7 +149,7 @@ class _Training:
         sums = torch.zeros_like(self.window.sums)
         batches = list(micro_batches(rows, self.params.per_device_train_batch_size))
         for index, part in enumerate(batches):
-            batch = collate(part, self.task.pad_id, device=self.accelerator.device)
+            batch = collate(part, device=self.accelerator.device)
             signals = self.task.signals(batch) if self.task.signals else None
             with nullcontext() if index == len(batches) - 1 else self.accelerator.no_sync(self.objective):
                 measured = self.objective(batch, signals, self.world / max(tokens, 1))
@@ -226,7 +224,7 @@ class _Training:
         rows = self.task.held_out[self.accelerator.process_index :: self.world]
         sums, tokens = self._new_window().sums, 0
         for part in micro_batches(rows, self.params.per_device_train_batch_size):
-            batch = collate(part, self.task.pad_id, device=self.accelerator.device)
+            batch = collate(part, device=self.accelerator.device)
             measured = self.objective(batch, self.task.signals(batch) if self.task.signals else None, 1.0)
             sums += measured.sums
             tokens += measured.tokens

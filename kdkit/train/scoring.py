@@ -38,7 +38,6 @@ def score_examples(
     model: PreTrainedModel,
     rows: Sequence[Encoded],
     *,
-    pad_id: int,
     batch_size: int,
     signals: Callable[[TokenBatch], TeacherSignals] | None = None,
     vocabulary: int | None = None,
@@ -49,7 +48,6 @@ def score_examples(
     Args:
         model: In evaluation mode.
         rows: Encoded examples.
-        pad_id: Id used for padding.
         batch_size: Rows per forward pass.
         signals: The teacher's view of a batch, for the KL.
         vocabulary: Leading entries that student and teacher share; all when None.
@@ -60,7 +58,7 @@ def score_examples(
     scores: dict[int, ExampleScore] = {}
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        batch = collate([rows[i] for i in chosen], pad_id, device=model.device)
+        batch = collate([rows[i] for i in chosen], device=model.device)
         scores.update(zip(chosen, _score_batch(parts, batch, signals, vocabulary), strict=True))
         if on_batch:
             on_batch(len(scores))

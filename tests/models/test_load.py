@@ -13,7 +13,7 @@ from transformers import AutoConfig
 
 from kdkit.api.artifacts import Model
 from kdkit.api.errors import EnvironmentUnmet, ModelError
-from kdkit.models.load import check_same_vocabulary, load_model, load_tokenizer, pad_id, vocabulary
+from kdkit.models.load import check_same_vocabulary, load_model, load_tokenizer, vocabulary
 
 
 @pytest.fixture
@@ -190,15 +190,3 @@ def test_swapped_ids_make_another_vocabulary():
     model = make_llama()
     with pytest.raises(ModelError, match="different vocabularies"):
         check_same_vocabulary(vocabulary(make_tokenizer(), model), vocabulary(Swapped(), model))
-
-
-def test_pad_id():
-    tokenizer = make_tokenizer()
-    assert pad_id(tokenizer) == 2
-    tokenizer.pad_token = "<|endoftext|>"
-    assert pad_id(tokenizer) == 0  # id 0 is a token like any other
-    tokenizer.pad_token = None
-    assert pad_id(tokenizer) == 2
-    tokenizer.eos_token = None
-    with pytest.raises(ModelError, match="neither a pad nor an eos token"):
-        pad_id(tokenizer)

@@ -45,10 +45,10 @@ def test_a_mixture_follows_its_weights_and_walks_each_dataset_evenly():
 
 def test_padding_never_touches_masks_or_positions():
     rows = [
-        Encoded("a", (9, 9, 9), (False, True, True)),
-        Encoded("b", (9, 1, 2, 3, 9), (False, False, True, True, True)),
+        Encoded("a", (0, 0, 0), (False, True, True)),
+        Encoded("b", (0, 1, 2, 3, 0), (False, False, True, True, True)),
     ]
-    right, left = collate(rows, 9), collate(rows, 9, side="left")
+    right, left = collate(rows), collate(rows, side="left")
     assert right.attention_mask.tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
     assert left.attention_mask.tolist() == [[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]
     assert left.position_ids.tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 3, 4]]
@@ -58,7 +58,7 @@ def test_padding_never_touches_masks_or_positions():
 
 
 def test_a_row_whose_first_token_is_marked_is_not_learned_from_padding():
-    batch = collate([Encoded("a", (1, 2), (True, True)), Encoded("b", (1, 2, 3), (False, True, True))], 0, side="left")
+    batch = collate([Encoded("a", (1, 2), (True, True)), Encoded("b", (1, 2, 3), (False, True, True))], side="left")
     assert batch.labels_mask.tolist() == [[False, False, True], [False, True, True]]
 
 
@@ -69,4 +69,4 @@ def test_micro_batches_keep_every_row_and_group_by_length():
 
 
 def test_collate_puts_tensors_on_the_device():
-    assert collate([Encoded("a", (1, 2), (False, True))], 0, device=torch.device("meta")).input_ids.is_meta
+    assert collate([Encoded("a", (1, 2), (False, True))], device=torch.device("meta")).input_ids.is_meta

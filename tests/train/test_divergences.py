@@ -136,3 +136,9 @@ def test_no_gradient_reaches_the_teacher():
     teacher, student = logits(0).requires_grad_(), logits(1).requires_grad_()
     kdkit.build("loss", "forward-kl")(TokenLossInputs(student, Dense(teacher), labels())).sum().backward()
     assert teacher.grad is None
+
+
+def test_top_k_ids_beyond_the_shared_vocabulary_are_refused():
+    signal = top_k(torch.cat([logits(1), torch.full((len(labels()), 1), 99.0)], dim=-1), 3)
+    with pytest.raises(ConformanceError, match=f"names token {V}, student and teacher share {V} entries"):
+        kdkit.build("loss", "forward-kl")(TokenLossInputs(logits(0), signal, labels()))

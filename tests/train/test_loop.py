@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import math
 import shutil
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ def params(**values) -> Params:
 def run(root, *, model=None, stop_at=None, seed=17, held_out=(), terms=CE, rows=None, **values):
     ctx = FakeContext(root, stop_at=stop_at, seed=seed)
     model = model or tiny_model().train()
-    work = Task(model, terms, [rows or make_rows(10)], [1.0], pad_id=258, held_out=held_out)
+    work = Task(model, terms, [rows or make_rows(10)], [1.0], held_out=held_out)
     result = train(work, params(**values), ctx, compute=next(model.parameters()).dtype)
     return result, model, ctx
 
@@ -229,6 +230,18 @@ def test_too_little_space_is_found_before_training(tmp_path, monkeypatch):
         run(tmp_path)
 
 
+def test_checkpoints_that_exist_count_as_space(tmp_path, monkeypatch):
+    model = tiny_model()
+    need = 6 * sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
+    old = tmp_path / "step-000001"
+    old.mkdir()
+    (old / "optimizer.safetensors").write_bytes(bytes(1000))
+    for free in (need - 1000, need - 1001):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: shutil._ntuple_diskusage(10**9, 0, free))
+        with nullcontext() if free == need - 1000 else pytest.raises(checkpoint.EnvironmentUnmet, match="are free"):
+            checkpoint.check_space(tmp_path, model)
+
+
 def test_steps_follow_epochs_or_max_steps():
     assert total_steps(params(max_steps=None, num_train_epochs=2.0), 10, 1) == 7
     assert total_steps(params(max_steps=None, num_train_epochs=2.0, gradient_accumulation_steps=2), 10, 1) == 4
@@ -327,7 +340,7 @@ def test_mixture_weights_reach_the_loop(tmp_path):
     tokens = {}
     for name, weights in (("short", [0.99, 0.01]), ("long", [0.01, 0.99])):
         ctx, model = FakeContext(tmp_path / name), tiny_model().train()
-        work = Task(model, CE, [short, long], weights, pad_id=258)
+        work = Task(model, CE, [short, long], weights)
         tokens[name] = train(work, params(max_steps=10), ctx, compute=torch.float32).tokens
     assert tokens["long"] > 3 * tokens["short"]
 

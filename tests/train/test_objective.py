@@ -46,7 +46,8 @@ def gradients(model, teacher, rows, *, size, side="right", block=None, terms=TER
     scale = 1 / sum(row.targets for row in rows)
     loss = 0.0
     for part in micro_batches(rows, size):
-        batch = collate(part, pad, side=side)
+        batch = collate(part, side=side)
+        batch.input_ids[batch.attention_mask == 0] = pad
         measured = objective(batch, teacher(batch) if teacher else None, scale)
         measured.loss.backward()
         loss += float(measured.loss.detach())
@@ -124,7 +125,7 @@ def test_the_first_answer_token_is_learned_from_the_last_prompt_position(double_
 
 def test_a_batch_without_learned_tokens_gives_zero(double_model, rows):
     silent = [type(row)(row.id, row.ids, (False,) * len(row.ids)) for row in rows]
-    batch = collate(silent, 258)
+    batch = collate(silent)
     measured = CausalObjective(double_model, TERMS)(batch, Teacher(tiny_model(seed=1).double())(batch), 1.0)
     measured.loss.backward()
     assert measured.tokens == 0
@@ -146,7 +147,7 @@ class ShapeSpy(TorchDispatchMode):
 
 def test_the_full_logits_of_neither_model_ever_exist(rows):
     model, teacher = tiny_model().train(), tiny_model(seed=1)
-    batch = collate(rows, 258)
+    batch = collate(rows)
     assert int(batch.labels_mask.sum()) > 50
     with ShapeSpy() as spy:
         CausalObjective(model, TERMS, block=4)(batch, Teacher(teacher)(batch), 1.0).loss.backward()
@@ -172,7 +173,7 @@ def test_only_the_shared_vocabulary_is_compared(rows):
 def test_a_loss_of_the_wrong_shape_is_named(rows):
     terms = (LossTerm("mean-loss", 1.0, lambda x: cross_entropy(x).mean()),)
     with pytest.raises(ConformanceError, match="mean-loss: a token loss returns one value per token"):
-        CausalObjective(tiny_model(), terms)(collate(rows, 258), None, 1.0)
+        CausalObjective(tiny_model(), terms)(collate(rows), None, 1.0)
 
 
 def test_a_head_that_is_not_a_linear_layer_is_refused():
@@ -185,7 +186,7 @@ def test_a_head_that_is_not_a_linear_layer_is_refused():
 def test_evaluation_needs_no_gradient(rows):
     model = tiny_model()
     with torch.no_grad():
-        measured = CausalObjective(model, TERMS[1:])(collate(rows, 258), None, 1.0)
+        measured = CausalObjective(model, TERMS[1:])(collate(rows), None, 1.0)
     assert not measured.loss.requires_grad
     assert measured.sums[0] == pytest.approx(float(measured.loss) / 0.3, rel=1e-5)
 

@@ -11,7 +11,7 @@ from kdkit.train.scoring import score_examples
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 def test_scores_equal_one_row_at_a_time(rows, batch_size):
     model, teacher = tiny_model().double(), tiny_model(seed=1).double()
-    got = score_examples(model, rows, pad_id=258, batch_size=batch_size, signals=Teacher(teacher))
+    got = score_examples(model, rows, batch_size=batch_size, signals=Teacher(teacher))
     for row, score in zip(rows, got, strict=True):
         ids, keep = torch.tensor([row.ids]), torch.tensor(row.learned)[1:]
         with torch.no_grad():
@@ -23,18 +23,18 @@ def test_scores_equal_one_row_at_a_time(rows, batch_size):
 
 
 def test_without_a_teacher_there_is_no_divergence(rows):
-    assert score_examples(tiny_model(), rows, pad_id=258, batch_size=8)[0].teacher_kl is None
+    assert score_examples(tiny_model(), rows, batch_size=8)[0].teacher_kl is None
 
 
 def test_a_model_has_no_divergence_from_itself(rows):
     model = tiny_model()
-    scores = score_examples(model, rows, pad_id=258, batch_size=4, signals=Teacher(model))
+    scores = score_examples(model, rows, batch_size=4, signals=Teacher(model))
     assert max(abs(s.teacher_kl) for s in scores) < 1e-5
 
 
 def test_other_padded_vocabularies_share_their_prefix(rows):
     student, teacher = tiny_model(vocab=270), tiny_model(seed=1)
-    got = score_examples(student, rows, pad_id=258, batch_size=8, signals=Teacher(teacher), vocabulary=259)
+    got = score_examples(student, rows, batch_size=8, signals=Teacher(teacher), vocabulary=259)
     for row, score in zip(rows, got, strict=True):
         ids, keep = torch.tensor([row.ids]), torch.tensor(row.learned)[1:]
         with torch.no_grad():

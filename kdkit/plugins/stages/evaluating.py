@@ -17,7 +17,7 @@ from kdkit.api.errors import DataError, StageError, Stopped
 from kdkit.api.protocols import RolloutModel
 from kdkit.models.chat import ChatEncoder
 from kdkit.models.heads import verify_split
-from kdkit.models.load import check_same_vocabulary, load_model, load_tokenizer, pad_id, vocabulary
+from kdkit.models.load import check_same_vocabulary, load_model, load_tokenizer, vocabulary
 from kdkit.models.save import read_provenance
 from kdkit.plugins.stages.memory import PeakMemory
 from kdkit.train.encoding import encode_prompts
@@ -175,7 +175,6 @@ class _Evaluation:
         scores = score_examples(
             subject.model,
             fitting,
-            pad_id=pad_id(subject.tokenizer),
             batch_size=self.params.per_device_eval_batch_size,
             signals=self.teacher.signals if self.teacher is not None else None,
             vocabulary=shared,

@@ -15,7 +15,7 @@ from kdkit.api.errors import StageError
 from kdkit.models.card import ModelCard, render_card
 from kdkit.models.chat import ChatEncoder
 from kdkit.models.heads import verify_split
-from kdkit.models.load import check_same_vocabulary, load_model, load_tokenizer, pad_id, vocabulary
+from kdkit.models.load import check_same_vocabulary, load_model, load_tokenizer, vocabulary
 from kdkit.models.save import read_provenance, save_model
 from kdkit.train.encoding import encode_rows
 from kdkit.train.loop import Task, TrainResult, train
@@ -82,7 +82,6 @@ def _train(
         terms=_terms(params, ctx, shared),
         data=[_encode(component, encoder, params, ctx) for component in params.data],
         weights=[component.weight for component in params.data],
-        pad_id=pad_id(student.tokenizer),
         held_out=_held_out(params, encoder, ctx),
         signals=teacher.signals if teacher is not None else None,
     )
