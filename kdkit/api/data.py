@@ -53,6 +53,7 @@ class Example:
         every_turn: Train on every assistant turn of ``prompt`` as well, not only on ``completion``.
         references: Accepted answers for metrics; the completion when empty.
         category: Group for per-category results.
+        echo: What the identity baseline answers (the buggy code, the context); the last user text when empty.
         extra: Columns kept for rewards and metrics (tests, time limits, ...), JSON values only.
     """
 
@@ -62,6 +63,7 @@ class Example:
     every_turn: bool = False
     references: tuple[str, ...] = ()
     category: str = ""
+    echo: str = ""
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -103,7 +105,11 @@ class Prediction:
         id: The example's id; paired comparisons join on it.
         category: The example's category.
         truncated: The answer hit the token limit.
+        sample: Which of several sampled answers to the same example, from 0.
+        verdict: Whether the answer passed its tests; None when nobody judged it.
         measures: Teacher-forced sums over the reference's tokens: ``nll`` (nats), ``teacher_kl`` (nats), ``tokens``.
+        traces: Values per token: ``own_kl``, KL from teacher to model in nats at every token of the model's own answer;
+            ``teacher_answer_kl``, the same at every token of the teacher's answer to this prompt.
         extra: The example's extra columns.
     """
 
@@ -113,7 +119,10 @@ class Prediction:
     id: str = ""
     category: str = ""
     truncated: bool = False
+    sample: int = 0
+    verdict: bool | None = None
     measures: Mapping[str, float] = field(default_factory=dict)
+    traces: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -129,7 +138,8 @@ class MetricResult:
         n: How many predictions were scored.
         weights: Token counts for per-token means; None for plain means.
         link: ``exp`` for perplexity, else ``identity``.
-        ids: Ids of the scored predictions.
+        ids: Ids of the scored predictions; an example that was answered several times may stand there several times,
+            and statistics then resample examples, not answers.
     """
 
     value: float

@@ -128,14 +128,17 @@ class MetricSpec(Spec[P]):
 
     Attributes:
         higher_is_better: Direction, for reports and best checkpoints.
-        needs: ``completion`` (generated answers), ``nll`` and ``teacher-kl`` (teacher-forced passes).
+        needs: ``completion`` (generated answers), ``nll`` and ``teacher-kl`` (teacher-forced passes), ``verdict``
+            (answers judged by a reward), ``exposure`` (traces on the model's own and on the teacher's answers).
+        key: The metric's key in reports, where it depends on the parameters (``pass-at-1``); the name otherwise.
         unit: Shown in the report's header, such as ``0-100`` or ``nats/token``.
     """
 
     kind: ClassVar[str] = "metric"
     build: Callable[[P], Metric]
     higher_is_better: bool
-    needs: frozenset[Literal["completion", "nll", "teacher-kl"]] = frozenset({"completion"})
+    needs: frozenset[Literal["completion", "nll", "teacher-kl", "verdict", "exposure"]] = frozenset({"completion"})
+    key: Callable[[P], str] | None = None
     unit: str = ""
 
 

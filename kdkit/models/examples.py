@@ -36,6 +36,7 @@ def example_to_json(example: Example) -> dict[str, Any]:
         "every_turn": example.every_turn,
         "references": list(example.references),
         "category": example.category,
+        "echo": example.echo,
         "extra": dict(example.extra),
     }
 
@@ -63,6 +64,7 @@ def example_from_json(data: Mapping[str, Any]) -> Example:
         every_turn=data["every_turn"],
         references=tuple(references),
         category=_text(data, "category"),
+        echo=_text(data, "echo"),
         extra=extra,
     )
 
