@@ -140,6 +140,8 @@ class MetricResult:
         link: ``exp`` for perplexity, else ``identity``.
         ids: Ids of the scored predictions; an example that was answered several times may stand there several times,
             and statistics then resample examples, not answers.
+        counts: What a reader of the value must know, as words and a number: how many predictions were left out and why.
+            Only what occurred; zero is not listed.
     """
 
     value: float
@@ -148,6 +150,7 @@ class MetricResult:
     weights: tuple[float, ...] | None = None
     link: Literal["identity", "exp"] = "identity"
     ids: tuple[str, ...] = ()
+    counts: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from typing import Literal
 
 from kdkit.api.data import MetricResult, Prediction
 from kdkit.api.errors import DataError
-from kdkit.plugins.metrics.results import named
+from kdkit.plugins.metrics.results import named, occurred
 
 __all__ = ["PerTokenMean"]
 
@@ -21,7 +21,7 @@ class PerTokenMean:
         self._link: Literal["identity", "exp"] = link
 
     def score(self, predictions: Sequence[Prediction]) -> MetricResult:
-        """Predictions without the measure, or without a token, are left out, and ``n`` says so.
+        """Predictions without the measure, or without a token, are left out and counted.
 
         Raises:
             DataError: Nothing is left, or a measure is not finite.
@@ -41,6 +41,7 @@ class PerTokenMean:
             weights=weights,
             link=self._link,
             ids=tuple(key for key, _, _ in scored),
+            counts=occurred({"predictions without tokens to measure": len(predictions) - len(scored)}),
         )
 
     def _sums(self, key: str, prediction: Prediction) -> tuple[float, float] | None:
