@@ -1,50 +1,53 @@
 from __future__ import annotations
 
-import json
 import math
 import subprocess
 import sys
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from rouge_score.rouge_scorer import RougeScorer
+from metric_helpers import SPECS, build, key, linked_mean, predict, score
+from pydantic import ValidationError
 
 from kdkit.api import DataError, MetricSpec, Prediction
-from kdkit.plugins.metrics import plugin
 from kdkit.plugins.metrics.exact import normalized
-from kdkit.plugins.metrics.rouge import UnicodeWords
-
-SPECS = {spec.name: spec for spec in plugin.kdkit_metrics()}
-
-
-def build(name, **given):
-    return SPECS[name].build(SPECS[name].params.model_validate_json(json.dumps(given)))
-
-
-def predict(*pairs):
-    return [Prediction("p", text, references, id=f"id{n}") for n, (text, *references) in enumerate(pairs)]
-
-
-def score(name, *pairs, **given):
-    return build(name, **given).score(predict(*pairs))
-
-
-def linked_mean(result):
-    weights = result.weights or (1.0,) * result.n
-    mean = sum(w * x for w, x in zip(weights, result.per_example, strict=True)) / sum(weights)
-    return math.exp(mean) if result.link == "exp" else mean
 
 
 def test_what_each_metric_declares():
     assert all(isinstance(spec, MetricSpec) for spec in SPECS.values())
     assert {name: (spec.higher_is_better, set(spec.needs), spec.unit) for name, spec in SPECS.items()} == {
         "rouge-l": (True, {"completion"}, "0-100"),
-        "rouge-l-unicode": (True, {"completion"}, "0-100"),
+        "chrf": (True, {"completion"}, "0-100"),
         "exact-match": (True, {"completion"}, "0-100"),
+        "code-exact": (True, {"completion"}, "0-100"),
+        "parse-rate": (True, {"completion"}, "0-100"),
+        "pass-at-k": (True, {"completion", "verdict"}, "0-100"),
+        "distinct-n": (True, {"completion"}, "0-100"),
+        "length": (None, {"completion"}, "characters"),
         "perplexity": (False, {"nll"}, "per token"),
         "teacher-kl": (False, {"teacher-kl"}, "nats/token"),
+        "exposure-bias": (False, {"completion", "exposure"}, "%"),
     }
+    assert {name: spec.extras for name, spec in SPECS.items() if spec.extras} == {"chrf": ("chrf",)}
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "expected"),
+    [
+        ("rouge-l", {}, "rouge-l"),
+        ("rouge-l", {"tokenizer": "paper"}, "rouge-l"),
+        ("rouge-l", {"tokenizer": "unicode"}, "rouge-l-unicode"),
+        ("rouge-l", {"tokenizer": "code"}, "rouge-l-code"),
+        ("pass-at-k", {}, "pass-at-1"),
+        ("pass-at-k", {"k": 10}, "pass-at-10"),
+        ("distinct-n", {}, "distinct-2"),
+        ("distinct-n", {"n": 4}, "distinct-4"),
+        ("exposure-bias", {}, "exposure-bias-15"),
+        ("chrf", {}, "chrf"),
+        ("length", {}, "length"),
+    ],
+)
+def test_keys_in_reports(name, given, expected):
+    assert key(name, **given) == expected
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -54,62 +57,65 @@ def test_every_parameter_is_documented(name):
     assert {field for field, info in params.model_fields.items() if not info.description} == set()
 
 
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        ("rouge-l", {"tokenizer": "code", "use_stemmer": True}, "tokenizer code has none"),
+        ("rouge-l", {"tokenizer": "words"}, "'paper', 'unicode' or 'code'"),
+        ("code-exact", {"language": "any", "docstrings": False}, "needs language: python"),
+        ("pass-at-k", {"k": 0}, "greater than or equal to 1"),
+        ("distinct-n", {"n": 0}, "greater than or equal to 1"),
+        ("exposure-bias", {"tokens": 0}, "greater than or equal to 1"),
+    ],
+)
+def test_parameters_out_of_place(name, given, message):
+    with pytest.raises(ValidationError, match=message):
+        build(name, **given)
+
+
 def test_the_plugin_module_is_light():
     code = (
         "import sys, kdkit.plugins.metrics.plugin;"
-        "print(sorted({'torch', 'transformers', 'nltk', 'rouge_score', 'absl', 'numpy'} & set(sys.modules)))"
+        "print(sorted({'torch', 'transformers', 'nltk', 'rouge_score', 'absl', 'numpy', 'sacrebleu', 'lxml'} "
+        "& set(sys.modules)))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
 
 
-# --- rouge-l ----------------------------------------------------------------------------------------------------------
+HOSTILE = {
+    "empty": "",
+    "white space": " \n\t\u3000\u2028 ",
+    "100 kB of words": "ab cd " * 17_000,
+    "100 kB without a space": "x" * 100_000,
+    "100 kB of brackets": "([{" * 33_000,
+    "100 kB of quotes": "\"'\\" * 33_000,
+    "100 kB of backticks": "`" * 100_000 + "a`",
+    "100 kB of y": "y" * 100_000,
+    "NUL": "a\0b",
+    "lone surrogate": "a \ud800 b",
+    "Arabic": "مرحبا بالعالم \u202e x",
+    "Chinese": "你好，世界",
+    "emoji": "👩\u200d👧 🇪🇸",
+}
+BY_TEXT = [name for name, spec in SPECS.items() if spec.needs == {"completion"}]
 
-words = st.lists(st.sampled_from(["the", "running", "runner", "cats", "cat", "año", "x==y", "42", "\n"]), max_size=15)
-sentences = words.map(" ".join)
 
-
-@given(
-    st.lists(st.tuples(sentences, st.lists(sentences, min_size=1, max_size=3)), min_size=1, max_size=6), st.booleans()
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [*((name, {}) for name in BY_TEXT), *(("rouge-l", {"tokenizer": t}) for t in ("unicode", "code"))],
 )
-def test_rouge_l_is_that_of_the_package(rows, stem):
-    result = score("rouge-l", *((text, *references) for text, references in rows), use_stemmer=stem)
-    scorer = RougeScorer(["rougeL"], use_stemmer=stem)
-    expected = [100 * scorer.score_multi(references, text)["rougeL"].fmeasure for text, references in rows]
-    assert result.per_example == pytest.approx(expected, rel=0, abs=1e-12)
-    assert result.value == pytest.approx(sum(expected) / len(expected), rel=0, abs=1e-10)
-    assert result.value == pytest.approx(linked_mean(result), abs=1e-10)
-
-
-def test_rouge_l_by_hand():
-    # The longest common subsequence of "the cat sat" and "the cat sat down here" is 3: P = 1, R = 3/5, F = 0.75.
-    result = score("rouge-l", ("the cat sat", "the cat sat down here", "no"), ("", "x"), ("x", ""), ("", ""))
-    assert result.per_example == pytest.approx((75.0, 0.0, 0.0, 0.0))
-    assert (result.n, result.value) == (4, pytest.approx(18.75))
-    assert result.ids == ("id0", "id1", "id2", "id3")
-    assert (result.weights, result.link) == (None, "identity")
-
-
-def test_stemming_is_on_by_default():
-    assert score("rouge-l", ("was", "wa")).value == 0.0
-    assert score("rouge-l", ("connections", "connected")).value == 100.0
-    assert score("rouge-l", ("connections", "connected"), use_stemmer=False).value == 0.0
-
-
-def test_known_blind_spots_of_the_package_and_the_unicode_variant():
-    assert score("rouge-l", ("mañana", "ma ana")).value == 100.0
-    assert score("rouge-l-unicode", ("mañana", "ma ana")).value == 0.0
-    assert score("rouge-l", ("你好", "你好")).value == 0.0
-    assert score("rouge-l-unicode", ("你好吗", "你好")).value == pytest.approx(80.0)
-    assert score("rouge-l-unicode", ("¿Qué MAÑANA?", "que\u0301 man\u0303ana")).value == 100.0
-
-
-def test_unicode_words():
-    split = UnicodeWords(use_stemmer=False).tokenize
-    assert split("L'État, c'est moi: 3.5 €_x") == ["l", "état", "c", "est", "moi", "3", "5", "x"]
-    assert split("हिन्दी में") == ["हिन्दी", "में"]
-    assert split("\u200b \ufeff\n") == []
-    assert UnicodeWords(use_stemmer=True).tokenize("connections ran") == ["connect", "ran"]
+def test_text_of_any_kind_gets_a_score(name, given, text):
+    if name == "chrf":
+        pytest.importorskip("sacrebleu")
+    # The last answer has words, so that distinct-n has an example to score.
+    result = score(name, (text, text), (text, "x y"), ("x y", text), ("x y", "x y"), **given)
+    assert result.value == pytest.approx(linked_mean(result))
+    if SPECS[name].unit == "0-100":
+        assert all(0.0 <= value <= 100.0 + 1e-9 for value in result.per_example)
+    if name in ("exact-match", "code-exact"):
+        assert result.per_example[0] == 100.0
 
 
 # --- exact-match ------------------------------------------------------------------------------------------------------
@@ -129,17 +135,21 @@ def test_only_ascii_punctuation_is_dropped():
     assert normalized("¿Qué?  It's\n\ta-b") == "¿qué its ab"
 
 
-@pytest.mark.parametrize("name", ["rouge-l", "rouge-l-unicode", "exact-match"])
-def test_predictions_without_references_are_left_out(name):
+@pytest.mark.parametrize("name", ["rouge-l", "exact-match", "code-exact", "chrf"])
+def test_predictions_without_references_are_left_out_and_counted(name):
+    if name == "chrf":
+        pytest.importorskip("sacrebleu")
+    assert score(name, ("x", "x")).counts == {}
     result = build(name).score([*predict(("x",), ("x", "x")), Prediction("p", "x", ["x"])])
     assert (result.n, result.value, result.ids) == (2, 100.0, ("id1", "2"))
+    assert result.counts == {"predictions without references": 1}
     for nothing in ([], predict(("x",))):
         with pytest.raises(DataError, match=f"none of {len(nothing)} predictions has a reference") as error:
             build(name).score(nothing)
         assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["rouge-l", "rouge-l-unicode", "exact-match"])
+@pytest.mark.parametrize("name", ["rouge-l", "exact-match", "code-exact"])
 def test_order_does_not_matter(name):
     pairs = [("a b c", "a c"), ("x", "y"), ("the same", "the same"), ("a", "a b c d e f")]
     assert score(name, *pairs).value == score(name, *reversed(pairs)).value
@@ -171,6 +181,7 @@ def test_predictions_without_the_measure_or_a_token_are_left_out():
     rows = measured({}, {"nll": 1.0}, {"tokens": 3}, {"nll": 0.0, "tokens": 0}, {"nll": 4.0, "tokens": 4})
     result = build("perplexity").score(rows)
     assert (result.n, result.ids, result.value) == (1, ("id4",), pytest.approx(math.e))
+    assert result.counts == {"predictions without tokens to measure": 4}
     with pytest.raises(DataError, match="none of 4 predictions has the measures 'nll' and 'tokens'"):
         build("perplexity").score(rows[:4])
 
