@@ -47,6 +47,7 @@ class PassAtK:
 def pass_at_k(n: int, passed: int, k: int) -> float:
     """1 - C(n - passed, k) / C(n, k): the chance that k of n answers, drawn without replacement, include a good one.
 
-    The quotient of the binomials is a product of k factors below one, so that no large number is ever formed.
+    The quotient of the binomials is a product of k factors, so that no large number is ever formed; one of
+    them is zero when fewer than k answers failed.
     """
-    return 1.0 - math.prod((n - passed - drawn) / (n - drawn) for drawn in range(k) if drawn <= n - passed)
+    return 1.0 - math.prod((n - passed - drawn) / (n - drawn) for drawn in range(k))

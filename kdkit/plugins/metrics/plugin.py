@@ -18,6 +18,7 @@ __all__ = [
     "ExactMatchParams",
     "ExposureParams",
     "NoParams",
+    "ParseRateParams",
     "PassAtKParams",
     "RougeLParams",
     "kdkit_metrics",
@@ -102,6 +103,15 @@ class ExposureParams(Params):
     shorter answer adds what it has, and is counted."""
 
 
+class ParseRateParams(Params):
+    """How many answers are code that parses in the Python that runs the evaluation. Nothing is run or compiled.
+
+    From an answer with code fences the last block in Python counts, else the last block. Code without a statement, with
+    more than 100 brackets open at once or of more than 200,000 characters does not count as parsing. One word of prose
+    is a Python expression and does, as does what only a compiler notices (`return` outside a function).
+    """
+
+
 class NoParams(Params):
     """No parameters."""
 
@@ -129,7 +139,7 @@ def _code_exact(params: CodeExactParams) -> Metric:
     return CodeExact(language=params.language, docstrings=params.docstrings)
 
 
-def _parse_rate(params: NoParams) -> Metric:
+def _parse_rate(params: ParseRateParams) -> Metric:
     from kdkit.plugins.metrics.python_code import ParseRate
 
     del params
@@ -230,8 +240,8 @@ def _compared_with_references() -> Iterator[MetricSpec[Any]]:
 def _of_answers_alone() -> Iterator[MetricSpec[Any]]:
     yield MetricSpec(
         name="parse-rate",
-        summary="Share of answers whose code Python accepts; nothing is run",
-        params=NoParams,
+        summary="Share of answers whose code parses as Python; nothing is run",
+        params=ParseRateParams,
         build=_parse_rate,
         higher_is_better=True,
         unit="0-100",

@@ -1,4 +1,4 @@
-"""Metrics on answers that are Python code. Nothing here runs an answer: it is parsed, and compiled at most."""
+"""Metrics on answers that are Python code. No answer is run or compiled: a syntax tree is all that is made of it."""
 
 from __future__ import annotations
 
@@ -64,20 +64,22 @@ class CodeExact:
 
 
 class ParseRate:
-    """100 for an answer whose code this Python would accept, else 0; averaged over predictions."""
+    """100 for an answer whose code parses in the Python that runs this, else 0; averaged over predictions.
+
+    Code without a statement does not count as parsing. What only a compiler notices (``return`` outside a function) does.
+    """
 
     def score(self, predictions: Sequence[Prediction]) -> MetricResult:
         """See :class:`kdkit.api.Metric`. Raises ``DataError`` when there are no predictions."""
         if not predictions:
             raise DataError("parse-rate: there are no predictions to score")
-        return plain_mean([(key, 100.0 * _compiles(code_of(item.text))) for key, item in named(predictions)], {})
+        return plain_mean([(key, 100.0 * _parses(code_of(item.text))) for key, item in named(predictions)], {})
 
 
-def _compiles(code: str) -> bool:
+def _parses(code: str) -> bool:
     try:
         with _quietly():
-            # The tree alone would let "return" stand outside a function. The result is thrown away, never run.
-            compile(_parsed(code), "<answer>", "exec", dont_inherit=True)
+            _parsed(code)
     except _REFUSALS:
         return False
     return True
