@@ -66,7 +66,8 @@ class CodeExact:
 class ParseRate:
     """100 for an answer whose code parses in the Python that runs this, else 0; averaged over predictions.
 
-    Code without a statement does not count as parsing. What only a compiler notices (``return`` outside a function) does.
+    Code without a statement does not count as parsing; what only a compiler notices (``return`` outside a function)
+    does.
     """
 
     def score(self, predictions: Sequence[Prediction]) -> MetricResult:
