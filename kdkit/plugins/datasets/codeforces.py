@@ -80,4 +80,4 @@ def _identity(columns: Mapping[str, Any]) -> tuple[str, str]:
     if not isinstance(aliases, list) or not all(isinstance(alias, str) for alias in aliases):
         raise RowError("'aliases' is not a list of texts")
     # Divisions share problems: 1000/A may be 999/C, and each names the other.
-    return problem, min(problem, *(alias for alias in aliases if alias.strip()))
+    return problem, min([problem, *(alias for alias in aliases if alias.strip())])

@@ -61,8 +61,8 @@ def problem_tests(columns: Mapping[str, Any], generated: Iterator[Test], room: i
         RowError: A column of tests has another shape.
     """
     count = columns.get("generated_tests")
-    counted = isinstance(count, int | float) and not isinstance(count, bool)
-    named = {name: read_tests(columns, name) for name in (_COLUMNS[:-1] if counted else _COLUMNS)}
+    number = count if isinstance(count, int | float) and not isinstance(count, bool) else None
+    named = {name: read_tests(columns, name) for name in (_COLUMNS if number is None else _COLUMNS[:-1])}
     tests: dict[tuple[str, str], Test] = {}
     used = left_out = found = 0
     for origin in (*(iter(group) for group in named.values()), generated):
@@ -79,7 +79,7 @@ def problem_tests(columns: Mapping[str, Any], generated: Iterator[Test], room: i
     return ProblemTests(
         tests=tuple(tests.values()),
         complete=bool(found) or _complete(columns, named),
-        elsewhere=counted and count > 0 and not found,
+        elsewhere=bool(number and number > 0 and not found),
         left_out=left_out,
     )
 
