@@ -21,6 +21,7 @@ __all__ = ["ProblemTests", "Test", "generated_tests", "problem_tests", "read_tes
 
 Test = dict[str, str]
 _COLUMNS: Final = ("official_tests", "private_tests", "public_tests", "public_tests_ms", "generated_tests")
+_FILE_COLUMNS: Final = ["problem_id", "input", "output"]
 _BATCH: Final = 64
 _INTERACTIVE: Final = frozenset({"interactive", "interactor"})
 
@@ -147,11 +148,13 @@ def _parquet_tests(file: Path, problem: str) -> Iterator[Test]:
 
     try:
         with pq.ParquetFile(file) as table:
-            for batch in table.iter_batches(batch_size=_BATCH, columns=["problem_id", "input", "output"]):
+            if not {*_FILE_COLUMNS} <= {*table.schema_arrow.names}:
+                raise DataError(f"has no columns {', '.join(_FILE_COLUMNS)}", where=str(file))
+            for batch in table.iter_batches(batch_size=_BATCH, columns=_FILE_COLUMNS):
                 for row in batch.to_pylist():
                     if row.get("problem_id") == problem:
                         yield from read_tests({"tests": [clean_row(row, table=True)]}, "tests")
-    except (pa.ArrowException, KeyError, UnicodeDecodeError) as error:
+    except (pa.ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"is damaged: {error}", where=str(file), hint="fetch it again") from error
     except OSError as error:
         raise EnvironmentUnmet(f"cannot be read: {error}", where=str(file)) from error

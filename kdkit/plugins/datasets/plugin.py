@@ -117,7 +117,7 @@ def kdkit_datasets() -> Iterator[DatasetSpec[Any]]:
     )
     yield DatasetSpec(
         name="bugnet",
-        summary="Program repair: buggy code, error and status, and the accepted program (Python, C++)",
+        summary="Program repair in Python and C++: buggy code and its error to accepted code",
         params=BugNetParams,
         build=_bugnet,
     )
@@ -129,7 +129,7 @@ def kdkit_datasets() -> Iterator[DatasetSpec[Any]]:
     )
     yield DatasetSpec(
         name="codeforces",
-        summary="Competitive programming: reasoning traces for SFT, or problems with tests for RL",
+        summary="Competitive programming: reasoning traces (sft) or problems with tests (rl)",
         params=CodeforcesParams,
         build=_codeforces,
     )
