@@ -169,6 +169,13 @@ def test_no_reading_from_broken_ranges(change):
     assert row_reading(pair(**change)) is None
 
 
+def test_lines_before_and_after_the_ranges_have_to_be_equal():
+    ranges = {"i1": 1, "i2": 2, "j1": 1, "j2": 1}
+    assert row_reading(pair("a\nb\nz\n", "a\nz\n", **ranges)) == "as-named"
+    assert row_reading(pair("a\nb\nz\n", "x\nz\n", **ranges)) is None
+    assert row_reading(pair("a\nb\nz\n", "a\nx\n", **ranges)) is None
+
+
 def test_inserts_and_deletes_decide():
     assert row_reading(pair("a\nb\n", "a\nx\nb\n")) == "as-named"
     assert row_reading(pair("a\nx\nb\n", "a\nb\n", swapped=True)) == "swapped"

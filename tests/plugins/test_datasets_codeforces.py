@@ -316,6 +316,11 @@ def test_tests_that_do_not_fit_are_left_out_and_counted(load_context, file):
     assert [len(test["input"]) for test in example.extra["official_tests"]] == [10, 20]
     assert example.extra["tests_left_out"] == 1
     assert load_context.lines[0].endswith("left out 1 tests of 1 problems, which have more than 40 bytes of tests")
+    # Room is for all tests together, and a test that is there twice takes it once.
+    for room, sizes in ((32, [10, 20]), (31, [10])):
+        twice = problem(official_tests=[tests[0], tests[0], tests[2]])
+        example = only(rl(load_context, file(twice), max_tests_bytes=room))
+        assert [len(test["input"]) for test in example.extra["official_tests"]] == sizes
 
 
 def test_generated_tests_of_other_files(load_context, file, tmp_path):
