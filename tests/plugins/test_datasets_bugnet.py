@@ -300,6 +300,34 @@ def test_all_null_and_huge_rows(load_context, file):
     assert (rows.counts["kept"], rows.counts["broken"]) == (1, 2)
 
 
+HOSTILE = (
+    None,
+    0,
+    -1,
+    10**30,
+    1e308,
+    True,
+    "",
+    " ",
+    "x" * 10,
+    "\u2028",
+    [],
+    [None],
+    [[]],
+    {},
+    {"input": 3},
+    {"x": [{}]},
+)
+
+
+@pytest.mark.parametrize("columns", ["auto", "swapped"])
+def test_any_value_in_any_column(load_context, file, columns):
+    rows = [pair(**{name: value}) for name in pair() for value in HOSTILE]
+    found = load(load_context, file(*rows), columns=columns, on_error="skip", description=True)
+    assert found.counts["read"] == len(rows) == sum(found.counts.values()) - len(rows)
+    assert found.counts["broken"] > len(pair())
+
+
 def test_a_fence_in_the_program_does_not_end_the_block(load_context, file):
     text = only(load(load_context, file(pair(buggy='s = """\n```\n"""\n')))).prompt[0].content
     assert '\n````python\ns = """\n```\n"""\n````\n' in text

@@ -411,6 +411,34 @@ def test_broken_answers_name_file_and_line(load_context, file, change, what):
     assert str(error.value).startswith(f"{path}:2: {what}")
 
 
+HOSTILE = (
+    None,
+    0,
+    -1,
+    10**30,
+    1e308,
+    True,
+    "",
+    " ",
+    "x" * 10,
+    "\u2028",
+    [],
+    [None],
+    [[]],
+    {},
+    {"input": 3},
+    {"x": [{}]},
+)
+
+
+@pytest.mark.parametrize("task", ["sft", "rl"])
+def test_any_value_in_any_column(load_context, file, task):
+    rows = [row(**{name: value}) for row in (trace, problem) for name in row() for value in HOSTILE]
+    found = load(load_context, file(*rows), task=task, on_error="skip")
+    assert found.counts["read"] == len(rows) == sum(found.counts.values()) - len(rows)
+    assert found.counts["broken"] > 20
+
+
 @pytest.mark.parametrize("task", ["sft", "rl"])
 def test_nulls_everywhere(load_context, file, task):
     path = file(dict.fromkeys({**trace(), **problem()}), {}, trace() if task == "sft" else problem())

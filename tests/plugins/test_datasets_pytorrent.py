@@ -7,6 +7,8 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kdkit.api import DataError, Message
 from kdkit.plugins.datasets.code_params import PyTorrentParams
@@ -254,6 +256,50 @@ def test_broken_rows_name_file_and_line(load_context, file, change, what):
     with pytest.raises(DataError) as error:
         load(load_context, path)
     assert str(error.value).startswith(f"{path}:2: {what}")
+
+
+HOSTILE = (
+    None,
+    0,
+    -1,
+    10**30,
+    1e308,
+    True,
+    "",
+    " ",
+    "x" * 10,
+    "\u2028",
+    [],
+    [None],
+    [[]],
+    {},
+    {"input": 3},
+    {"x": [{}]},
+)
+
+
+@pytest.mark.parametrize("split_by", ["repo", "partition"])
+def test_any_value_in_any_column(load_context, file, split_by):
+    rows = [function(**{name: value}) for name in function() for value in HOSTILE]
+    found = load(load_context, file(*rows), split_by=split_by, on_error="skip")
+    assert found.counts["read"] == len(rows) == sum(found.counts.values()) - len(rows)
+    assert found.counts["broken"] > 20
+
+
+@given(st.randoms(use_true_random=False), st.integers(1, 4))
+def test_damaged_functions_are_cut_once_or_refused(random, damages):
+    source = SOURCE.replace("(x)", "(x, y={'a': [1]}, *z)")
+    for _ in range(damages):
+        start = random.randrange(len(source))
+        source = source[:start] + random.choice(["", "\n", '"', "(", ":", "\\", "\t", "#"]) + source[start + 1 :]
+    try:
+        found = read_function(source)
+    except NotAFunctionError:
+        return
+    # The code is the source without one piece.
+    same = next((n for n, (a, b) in enumerate(zip(found.code, source, strict=False)) if a != b), len(found.code))
+    cut = len(source) - len(found.code)
+    assert any(source[:n] + source[n + cut :] == found.code for n in range(same + 1))
 
 
 def test_corrupt_lines_are_counted(load_context, tmp_path):

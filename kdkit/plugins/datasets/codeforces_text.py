@@ -35,6 +35,7 @@ TEMPLATE: Final = (
     "prompt",
 )
 """What a template sees."""
+_HIGHEST: Final = 1_000_000
 _LIMITS: Final = (("time_limit", "Time limit per test", "s"), ("memory_limit", "Memory limit", "MB"))
 
 
@@ -45,8 +46,8 @@ def limit(columns: Mapping[str, Any], name: str) -> float | None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise RowError(f"{name!r} is {json_kind(value)}, not a number")
-    if value <= 0:
-        raise RowError(f"{name!r} is {value}, and a limit is positive")
+    if not 0 < value < _HIGHEST:
+        raise RowError(f"{name!r} is {str(value)[:20]}, and limits lie between 0 and {_HIGHEST:,}")
     return float(value)
 
 

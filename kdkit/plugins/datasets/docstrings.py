@@ -48,8 +48,9 @@ def read_function(source: str) -> FunctionText:
     Raises:
         NotAFunctionError: It starts otherwise, or cannot be read up to the end of its docstring.
     """
-    reader = _Reader(source)
     try:
+        # The first token is read when the reader is made.
+        reader = _Reader(source)
         start = reader.skip_decorators()
         colon = reader.find_colon()
         strings, end = reader.docstring()
