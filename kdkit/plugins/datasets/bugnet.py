@@ -85,8 +85,8 @@ def bugnet_converter(params: BugNetParams, readings: Mapping[str, Reading | None
             return "no-problem-id"
         if unusable := _unusable(buggy, accepted):
             return unusable
-        values = _values(columns, buggy, language)
-        prompt = make_prompt(_chat_text(values, with_description=params.description), values)
+        values = _values(columns, buggy, language, with_description=params.description or params.template is not None)
+        prompt = make_prompt(_chat_text(values), values)
         paper = params.prompt_style == "paper"
         example = Example(
             id=content_id(problem, buggy, answers=(accepted,)),
@@ -111,15 +111,16 @@ def _unusable(buggy: str, accepted: str) -> str:
     return "no-change" if buggy.split() == accepted.split() and buggy.strip() == accepted.strip() else ""
 
 
-def _values(columns: Mapping[str, Any], buggy: str, language: str) -> dict[str, str]:
+def _values(columns: Mapping[str, Any], buggy: str, language: str, *, with_description: bool) -> dict[str, str]:
     """What the prompts are made of; ``raw_error`` and ``raw_status`` as the columns have them, for the paper's."""
     error, status = optional_text(columns, "error"), optional_text(columns, "original_status")
+    description = optional_text(columns, "description")
     known = _ERRORS.get(error.strip(), error.strip())
     return {
         "code": buggy,
         "error": f"exit code {known}" if re.fullmatch(r"-?\d+", known) else known,
         "status": status,
-        "description": html_to_text(optional_text(columns, "description")),
+        "description": html_to_text(description) if with_description else "",
         "language": LANGUAGE_NAMES.get(language, optional_text(columns, "language")),
         "tag": language if language in LANGUAGE_NAMES else "",
         "raw_error": str(columns.get("error")),
@@ -127,9 +128,9 @@ def _values(columns: Mapping[str, Any], buggy: str, language: str) -> dict[str, 
     }
 
 
-def _chat_text(values: Mapping[str, str], *, with_description: bool) -> str:
+def _chat_text(values: Mapping[str, str]) -> str:
     parts = [f"This {values['language']} program has a bug. Write the corrected program, and nothing else."]
-    if with_description and values["description"]:
+    if values["description"]:
         parts.append(f"The problem it is meant to solve:\n\n{values['description']}")
     parts.append(fenced(values["code"], values["tag"]))
     facts = {"Status": values["status"], "Error": values["error"]}
