@@ -187,7 +187,7 @@ def test_all_answers_to_a_problem_are_in_one_part(load_context, file):
         trace(TRACE + str(n), id=f"{n % 40}/A", aliases=[f"{n % 40 + 1000}/C"] if n % 2 else None) for n in range(120)
     ]
     # The same problems under the other name, which names the first one.
-    rows += [trace(TRACE + "x", id=f"{n + 1000}/C", aliases=[f"{n}/A"]) for n in range(1, 40, 2)]
+    rows += [trace(f"{TRACE}x{n}", id=f"{n + 1000}/C", aliases=[f"{n}/A"]) for n in range(1, 40, 2)]
     path = file(*rows)
     parts = [
         load(load_context, path, split=name, test_fraction=0.3, validation_fraction=0.3).examples
