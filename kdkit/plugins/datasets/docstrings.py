@@ -1,7 +1,7 @@
 """Signature and docstring of a Python function, found by its tokens, so that the rest keeps every character.
 
-Tokens, not a syntax tree: reading stops after the docstring, code in Python 2 (a tenth of CodeSearchNet) and functions
-cut from their class work, and no depth of nesting can exhaust the interpreter's stack.
+Tokens, not a syntax tree: reading stops after the docstring, code in Python 2 (which CodeSearchNet has) and
+functions cut from their class work, and no depth of nesting can exhaust the interpreter's stack.
 """
 
 from __future__ import annotations
