@@ -12,7 +12,7 @@ from kdkit.api.artifacts import Dataset
 from kdkit.api.params import Params
 from kdkit.api.slots import Ref
 
-__all__ = ["CATEGORIES", "Category", "PromptOptions", "SourceOptions", "SplitOptions", "is_hub_id"]
+__all__ = ["CATEGORIES", "Category", "PromptOptions", "SourceOptions", "SplitOptions", "StyleOptions", "is_hub_id"]
 
 Category: TypeAlias = Literal[
     "open_qa",
@@ -61,18 +61,15 @@ class SplitOptions(Params):
         return value
 
 
-class PromptOptions(Params):
-    """How an instruction becomes a prompt."""
+class StyleOptions(Params):
+    """How a row becomes a prompt; a dataset narrows ``prompt_style`` to the styles that it has."""
 
-    prompt_style: Literal["chat", "alpaca", "template"] = "chat"
-    """``chat`` makes one user message (the model's chat template renders it), ``alpaca`` the text with headings that
-    the Alpaca and MiniLLM models were trained on, ``template`` text from your own ``template``."""
+    prompt_style: str = "chat"
+    """The form of the prompt."""
     template: Path | None = Field(None, validate_default=True)
-    """A Jinja file for ``prompt_style: template``; it sees ``instruction``, ``context`` and ``category``."""
+    """A Jinja file for ``prompt_style: template``."""
     system: str | None = Field(None, min_length=1)
     """A system message before the user's, for ``prompt_style: chat``."""
-    categories: list[Category] | None = Field(None, min_length=1)
-    """Take only rows of these categories."""
 
     @field_validator("template")
     @classmethod
@@ -90,6 +87,18 @@ class PromptOptions(Params):
         if value is not None and info.data.get("prompt_style") not in {"chat", None}:
             raise PydanticCustomError("system", "a system message is used with prompt_style: chat only")
         return value
+
+
+class PromptOptions(StyleOptions):
+    """How an instruction becomes a prompt."""
+
+    prompt_style: Literal["chat", "alpaca", "template"] = "chat"
+    """``chat`` makes one user message (the model's chat template renders it), ``alpaca`` the text with headings that
+    the Alpaca and MiniLLM models were trained on, ``template`` text from your own ``template``."""
+    template: Path | None = Field(None, validate_default=True)
+    """A Jinja file for ``prompt_style: template``; it sees ``instruction``, ``context`` and ``category``."""
+    categories: list[Category] | None = Field(None, min_length=1)
+    """Take only rows of these categories."""
 
 
 class SourceOptions(Params):

@@ -12,6 +12,7 @@ from kdkit.api.hookspecs import hookimpl
 from kdkit.api.protocols import DatasetLoader
 from kdkit.api.slots import Ref
 from kdkit.api.specs import DatasetSpec
+from kdkit.plugins.datasets.code_params import BugNetParams, CodeforcesParams, PyTorrentParams
 from kdkit.plugins.datasets.options import PromptOptions, SourceOptions, SplitOptions
 
 __all__ = ["HUB_DOLLY", "DollyParams", "InstructionsParams", "JsonlParams", "kdkit_datasets"]
@@ -74,6 +75,24 @@ def _instructions(params: InstructionsParams) -> DatasetLoader:
     return InstructionsLoader(params)
 
 
+def _bugnet(params: BugNetParams) -> DatasetLoader:
+    from kdkit.plugins.datasets.bugnet import BugNetLoader
+
+    return BugNetLoader(params)
+
+
+def _pytorrent(params: PyTorrentParams) -> DatasetLoader:
+    from kdkit.plugins.datasets.pytorrent import PyTorrentLoader
+
+    return PyTorrentLoader(params)
+
+
+def _codeforces(params: CodeforcesParams) -> DatasetLoader:
+    from kdkit.plugins.datasets.codeforces import CodeforcesLoader
+
+    return CodeforcesLoader(params)
+
+
 @hookimpl
 def kdkit_datasets() -> Iterator[DatasetSpec[Any]]:
     """The built-in datasets."""
@@ -95,4 +114,22 @@ def kdkit_datasets() -> Iterator[DatasetSpec[Any]]:
         params=InstructionsParams,
         build=_instructions,
         rows="prompt-only",
+    )
+    yield DatasetSpec(
+        name="bugnet",
+        summary="Program repair in Python and C++: buggy code and its error to accepted code",
+        params=BugNetParams,
+        build=_bugnet,
+    )
+    yield DatasetSpec(
+        name="pytorrent",
+        summary="Python functions from their docstrings: PyTorrent, CodeSearchNet or CoSQA",
+        params=PyTorrentParams,
+        build=_pytorrent,
+    )
+    yield DatasetSpec(
+        name="codeforces",
+        summary="Competitive programming: reasoning traces (sft) or problems with tests (rl)",
+        params=CodeforcesParams,
+        build=_codeforces,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal, TypeAlias
@@ -11,7 +11,7 @@ from kdkit.api.data import Message
 from kdkit.api.errors import DataError, EnvironmentUnmet
 from kdkit.plugins.datasets.options import PromptOptions
 
-__all__ = ["Language", "Prompt", "Prompter", "alpaca_prompt", "prompter"]
+__all__ = ["Language", "Prompt", "Prompter", "alpaca_prompt", "prompter", "template_renderer"]
 
 Language: TypeAlias = Literal["en", "es"]
 Prompt: TypeAlias = str | tuple[Message, ...]
@@ -90,6 +90,21 @@ def _alpaca(language: Language) -> Prompter:
 
 
 def _template(path: Path) -> Prompter:
+    render = template_renderer(path, ("instruction", "context", "category"))
+
+    def make(instruction: str, context: str, category: str) -> Prompt:
+        return render({"instruction": instruction, "context": context, "category": category})
+
+    return make
+
+
+def template_renderer(path: Path, names: Sequence[str]) -> Callable[[Mapping[str, str]], str]:
+    """The function that renders the Jinja file at ``path`` with a value for each of ``names``.
+
+    Raises:
+        DataError: The template is missing or wrong; the returned function raises it when rendering fails.
+        EnvironmentUnmet: The template cannot be read.
+    """
     from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError
     from jinja2.sandbox import SandboxedEnvironment
 
@@ -100,18 +115,16 @@ def _template(path: Path) -> Prompter:
     except TemplateSyntaxError as error:
         raise DataError(f"is no Jinja template: {error.message}", where=f"{path}:{error.lineno}") from error
 
-    def make(instruction: str, context: str, category: str) -> Prompt:
+    def render(values: Mapping[str, str]) -> str:
         try:
-            prompt = template.render(instruction=instruction, context=context, category=category)
+            prompt = template.render({name: values[name] for name in names})
         except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
-            raise DataError(
-                f"cannot be rendered: {error}", where=str(path), allowed="instruction, context, category"
-            ) from error
+            raise DataError(f"cannot be rendered: {error}", where=str(path), allowed=", ".join(names)) from error
         if not prompt.strip():
             raise DataError("renders to an empty prompt", where=str(path))
         return prompt
 
-    return make
+    return render
 
 
 def _read(path: Path) -> str:

@@ -18,19 +18,24 @@ from kdkit.api.errors import DataError
 from kdkit.plugins.datasets.options import SplitOptions
 from kdkit.plugins.datasets.values import RowError, SourceRow
 
-__all__ = ["Candidate", "Convert", "collect", "content_id", "part_of", "prompt_key"]
+__all__ = ["Candidate", "Convert", "Part", "collect", "content_id", "part_of", "prompt_key"]
 
 Prompt: TypeAlias = str | tuple[Message, ...]
+Part: TypeAlias = Literal["train", "validation", "test"]
 _PROMPT_DIGITS: Final = 16
 _ANSWER_DIGITS: Final = 12
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """An example and the key that decides its part: :func:`prompt_key` of its prompt as the source had it."""
+    """An example and the key that decides its part: :func:`prompt_key` of its prompt as the source had it.
+
+    ``part`` is set where the source itself says which part a row belongs to; the key then gives the order alone.
+    """
 
     key: str
     example: Example
+    part: Part | None = None
 
 
 Convert = Callable[[SourceRow], Candidate | str]
@@ -48,7 +53,7 @@ def content_id(*prompt: Prompt, answers: Sequence[str | None] = ()) -> str:
     return f"{first}-{_digest(list(answers))[:_ANSWER_DIGITS]}" if any(answers) else first
 
 
-def part_of(key: str, options: SplitOptions) -> Literal["train", "validation", "test"]:
+def part_of(key: str, options: SplitOptions) -> Part:
     """The part that the prompt with this key belongs to.
 
     Args:
@@ -91,7 +96,7 @@ def collect(
             continue
         if isinstance(candidate, str):
             counts[candidate] += 1
-        elif options.split not in ("all", part_of(candidate.key, options)):
+        elif options.split not in ("all", candidate.part or part_of(candidate.key, options)):
             counts["other-split"] += 1
         else:
             chosen.append(candidate)

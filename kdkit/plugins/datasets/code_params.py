@@ -1,0 +1,158 @@
+"""Parameters of the code datasets. Light: no data library is imported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Final, Literal, Self, TypeAlias
+
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from kdkit.api.artifacts import Dataset
+from kdkit.api.slots import Ref
+from kdkit.plugins.datasets.options import SourceOptions, SplitOptions, StyleOptions
+
+__all__ = [
+    "HUB_BUGNET",
+    "HUB_CODEFORCES",
+    "HUB_CODESEARCHNET",
+    "BugNetParams",
+    "CodeLanguage",
+    "CodeforcesParams",
+    "PyTorrentParams",
+]
+
+CodeLanguage: TypeAlias = Literal["python", "cpp", "all"]
+HUB_BUGNET: Final = "alexjercan/bugnet"
+HUB_CODESEARCHNET: Final = "code-search-net/code_search_net"
+HUB_CODEFORCES: Final = {"sft": "open-r1/codeforces-cots", "rl": "open-r1/codeforces"}
+"""Task to Hub dataset."""
+
+
+class BugNetParams(SplitOptions, StyleOptions, SourceOptions):
+    """Program repair: a buggy program, its error and its status, and the program that was accepted next."""
+
+    source: Ref[Dataset] = Ref(Dataset, HUB_BUGNET)
+    """A file (.jsonl, .jsonl.gz, .json, .parquet) or a directory of them, a Hub id, or a stage's output. Columns of
+    BugNet: problem_id, language, original_status, fail, pass, change, i1, i2, j1, j2, error, stderr, description,
+    input, output; of these problem_id may be null and all after pass may be absent."""
+    split: Literal["train", "validation", "test", "all"] = "train"
+    """The part to take, by ``problem_id``: all pairs of a problem are in one part. Rows without a problem id are in no
+    part, since nobody can tell what they share with others; ``all`` takes them too."""
+    language: CodeLanguage = "python"
+    """Take only programs in this language."""
+    columns: Literal["auto", "as-named", "swapped"] = "auto"
+    """Which column holds the buggy program. In the second revision of BugNet ``fail`` and ``pass`` are swapped by a bug
+    in its generator. ``auto`` compares both programs with the line ranges i1..i2 and j1..j2, which index the buggy and
+    the accepted program in every revision: it swaps a file that is swapped and says so, drops single rows that
+    contradict the rest of their file, and fails when the rows of a file disagree. ``as-named`` and ``swapped`` check
+    nothing."""
+    prompt_style: Literal["chat", "paper", "template"] = "chat"
+    """``chat`` makes one user message, and the answer is the program alone. ``paper`` is the prompt and the answer that
+    the paper trained GPT-2 on, word for word (the answer starts with ``Solution type``; the reference for metrics is
+    the program alone), except that it names the row's language. ``template`` is text from your own ``template``."""
+    template: Path | None = Field(None, validate_default=True)
+    """A Jinja file for ``prompt_style: template``; it sees ``code``, ``error``, ``status``, ``description`` and
+    ``language``."""
+    description: bool = False
+    """With ``prompt_style: chat``: show the statement of the problem, as text, before the program."""
+
+    @model_validator(mode="after")
+    def _description_fits(self) -> Self:
+        if self.description and self.prompt_style != "chat":
+            raise PydanticCustomError("description", "description: with prompt_style: chat only")
+        return self
+
+
+class PyTorrentParams(SplitOptions, StyleOptions, SourceOptions):
+    """Python functions to write from their docstring or its summary, in PyTorrent's schema or CodeSearchNet's."""
+
+    source: Ref[Dataset] = Ref(Dataset, HUB_CODESEARCHNET)
+    """A file (.jsonl, .jsonl.gz, .json, .parquet) or a directory of them, a Hub id, or a stage's output. Columns of
+    PyTorrent (original_string, docstring, summary, repo, partition, ...), of CodeSearchNet on the Hub
+    (whole_func_string, func_documentation_string, repository_name, split_name, ...) or of CoSQA (doc, code, label).
+    PyTorrent itself is no Hub dataset: unpack Zenodo record 4546290 and name the directory. Without a source the
+    Hub's CodeSearchNet, configuration python, whose schema PyTorrent extends."""
+    split: Literal["train", "validation", "test", "all"] = "train"
+    """The part to take; see ``split_by``."""
+    split_by: Literal["repo", "partition", "function"] = "repo"
+    """What decides a row's part. ``repo``: a hash of the package or repository, so that none is in two parts.
+    ``partition``: the column of that name (train, valid, test). ``function``: a hash of the function's code, for files
+    of a few packages; code that a package repeats with changes can then be in two parts. Rows without a repository go
+    by their code."""
+    prompt_with: Literal["summary", "docstring", "summary+signature", "docstring+signature"] = "summary"
+    """What the prompt tells: the summary (the docstring, where there is none) or the docstring, and with ``signature``
+    the line or lines from ``def`` to the colon."""
+    keep_docstring: bool = False
+    """Leave the docstring in the code to write. The paper did, and so its answers repeat the prompt."""
+    prompt_style: Literal["chat", "paper", "template"] = "chat"
+    """``chat`` makes one user message, and the answer is the code alone. ``paper`` is the prompt and the answer that
+    the paper trained GPT-2 on, word for word (the answer is framed by ``### solution code`` and ``### End of code``;
+    the reference for metrics is the code alone); add ``keep_docstring: true`` for its data as well. ``template`` is
+    text from your own ``template``."""
+    template: Path | None = Field(None, validate_default=True)
+    """A Jinja file for ``prompt_style: template``; it sees ``text``, ``signature`` and ``name``."""
+
+    @model_validator(mode="after")
+    def _signature_fits(self) -> Self:
+        if self.prompt_style == "paper" and self.prompt_with.endswith("+signature"):
+            raise PydanticCustomError("prompt_with", "prompt_with: prompt_style: paper has no place for a signature")
+        return self
+
+
+class CodeforcesParams(SplitOptions, StyleOptions, SourceOptions):
+    """Competitive programming: reasoning traces to learn from, or problems with tests to be judged by."""
+
+    task: Literal["sft", "rl"] = "sft"
+    """``sft`` takes rows with an answer (codeforces-cots), ``rl`` problems with tests and without an answer."""
+    source: Ref[Dataset] = Ref(Dataset, HUB_CODEFORCES["sft"])
+    """A file (.jsonl, .jsonl.gz, .json, .parquet) or a directory of them, a Hub id, or a stage's output. Without it the
+    Hub's open-r1/codeforces-cots for ``task: sft`` and open-r1/codeforces for ``task: rl``; their ``config`` is, unless
+    given, solutions_py_decontaminated for Python and else solutions_decontaminated, and verifiable."""
+    split: Literal["train", "validation", "test", "all"] = "train"
+    """The part to take, by problem: all answers to it, in all languages and under all its aliases, are in one part."""
+    language: CodeLanguage = "python"
+    """Take answers in this language (told by the last code block), or problems to be solved in it."""
+    prompt_style: Literal["chat", "think", "paper", "template"] = "chat"
+    """``chat`` is the prompt that the row brings, or one made from its statement; ``think`` adds a system message that
+    asks for numbered steps between <think> tags and one code block; ``paper`` adds the system message of the paper's
+    GRPO run, that of DeepSeek-R1-Zero, which asks for <think> and <answer> (``task: rl`` only); ``template`` is text
+    from your own ``template``."""
+    template: Path | None = Field(None, validate_default=True)
+    """A Jinja file for ``prompt_style: template``; it sees ``title``, ``description``, ``input_format``,
+    ``output_format``, ``note``, ``examples``, ``limits``, ``language`` and ``prompt`` (that of ``chat``)."""
+    traces: bool = True
+    """For ``task: sft``: keep the text between <think> tags in the answer; false leaves only what follows it."""
+    unfinished: bool = False
+    """For ``task: sft``: keep answers that were cut at the token limit or whose <think> is never closed."""
+    incomplete_tests: bool = False
+    """For ``task: rl``: keep problems of which only some official tests are known. Wrong programs can pass them."""
+    generated_tests: Path | None = None
+    """For ``task: rl``: directory with the files ``test_cases_NNNN.parquet`` of open-r1/codeforces, whose tests are
+    added to those of the row."""
+    max_tests_bytes: int = Field(4_000_000, ge=1)
+    """For ``task: rl``: room for the tests of one problem. Tests that do not fit are left out, and counted in the log
+    and in the example's ``tests_left_out``."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _source_of_task(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "source" not in data and data.get("task") in HUB_CODEFORCES:
+            return {**data, "source": HUB_CODEFORCES[data["task"]]}
+        return data
+
+    @model_validator(mode="after")
+    def _task_fits(self) -> Self:
+        other = ("incomplete_tests", "generated_tests", "max_tests_bytes") if self.task == "sft" else _SFT_ONLY
+        given = [name for name in other if getattr(self, name) != type(self).model_fields[name].default]
+        if given:
+            values = {"names": ", ".join(given), "task": self.task}
+            raise PydanticCustomError("task", "{names}: means nothing with task: {task}", values)
+        if self.task == "sft" and self.prompt_style == "paper":
+            raise PydanticCustomError("task", "prompt_style: paper asks for <answer>, which no row of task: sft has")
+        if self.task == "rl" and self.language == "all":
+            raise PydanticCustomError("task", "language: task: rl needs one, since the prompt and the judge do")
+        return self
+
+
+_SFT_ONLY: Final = ("traces", "unfinished")
