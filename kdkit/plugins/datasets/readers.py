@@ -22,7 +22,7 @@ __all__ = ["MAX_LINE", "SUFFIXES", "read_rows", "table_rows"]
 
 SUFFIXES: Final = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 MAX_LINE: Final = 10_000_000
-"""Longest line of a JSON Lines file, in bytes; in a JSON list the longest item, in characters."""
+"""Longest line of a JSON Lines file, in bytes; an item of a JSON list may have twice as many."""
 EXPANSION: Final = 200
 EXPANSION_FROM: Final = 64 * 2**20
 """A compressed file may grow to 64 MiB or to 200 times its size, whichever is more; text grows 3 to 20 times."""
@@ -165,7 +165,7 @@ def _json_rows(file: Path) -> Iterator[SourceRow]:
             yield from _line_rows(_Bounded(stream, file))
         return
     with file.open("rb") as stream:
-        for where, item in list_items(stream, file, longest=MAX_LINE):
+        for where, item in list_items(stream, file, longest=2 * MAX_LINE):
             yield _checked(where, item, table=False)
 
 
