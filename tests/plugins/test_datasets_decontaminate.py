@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from kdkit.api import DataError, Message
+from kdkit.api import DataError, Example, Message
 from kdkit.api.slots import LOOKUP, Found
 from kdkit.engine.hashing import HashMemo
 from kdkit.engine.inputs import Inputs
 from kdkit.engine.keys import KeyMaker
 from kdkit.plugins.datasets import plugin
-from kdkit.plugins.datasets.decontaminate import NGrams, RawPrompts, words
+from kdkit.plugins.datasets.decontaminate import NGrams, RawPrompts, raw_text, words
+from kdkit.plugins.datasets.splits import Candidate
 
 SPECS = {spec.name: spec for spec in plugin.kdkit_datasets()}
 
@@ -231,3 +232,12 @@ def test_the_context_handed_on_is_a_whole_one(load_context):
     (component,) = nested.decontaminate.against
     assert raw.resolve(component.params.source).path == Path("y")
     assert type(raw.build(component)).__name__ == "DollyLoader"
+
+
+def test_the_own_words_of_a_prompt():
+    example = Example(
+        id="1", prompt=(Message("system", "S"), Message("user", "Fix: x"), Message("user", "y")), echo="x"
+    )
+    assert raw_text(Candidate("k", example, text="z")) == "z"
+    assert raw_text(Candidate("k", example)) == "x"
+    assert raw_text(Candidate("k", Example(id="1", prompt=example.prompt))) == "Fix: x\ny"

@@ -15,7 +15,7 @@ from kdkit.api.slots import Component, Ref
 from kdkit.plugins.datasets.options import Decontaminate
 from kdkit.plugins.datasets.splits import Candidate
 
-__all__ = ["Contamination", "NGrams", "RawPrompts", "contamination", "words"]
+__all__ = ["Contamination", "NGrams", "RawPrompts", "contamination", "prompt_text", "raw_text", "words"]
 
 A = TypeVar("A", bound=Artifact)
 T = TypeVar("T")
@@ -89,7 +89,7 @@ class Contamination:
         self._checked += 1
         example = candidate.example
         answers = dict.fromkeys(filter(None, (example.completion, *example.references)))
-        shared = self._ngrams.shares(candidate.text or _text_of(example.prompt), list(answers))
+        shared = self._ngrams.shares(raw_text(candidate), list(answers))
         if shared:
             self._found += 1
             self._ids = sorted((*self._ids, example.id))[:_SHOWN]
@@ -117,7 +117,7 @@ def contamination(options: Decontaminate, ctx: LoadContext) -> Contamination:
         if not rows.examples:
             raise DataError("no row is left to compare with", where=f"decontaminate against dataset {component.name}")
         for example in rows.examples:
-            ngrams.add(_text_of(example.prompt), example.targets)
+            ngrams.add(prompt_text(example.prompt), example.targets)
         names.append(f"{component.name} ({len(rows.examples):,} rows)")
     return Contamination(ngrams, ", ".join(names), options.ngram)
 
@@ -146,7 +146,13 @@ class RawPrompts:
         self._ctx.log(message)
 
 
-def _text_of(prompt: str | tuple[Message, ...]) -> str:
+def raw_text(candidate: Candidate) -> str:
+    """The words of a row's prompt without what a prompt style adds, as far as its loader says."""
+    return candidate.text or candidate.example.echo or prompt_text(candidate.example.prompt)
+
+
+def prompt_text(prompt: str | tuple[Message, ...]) -> str:
+    """The text of a prompt without system messages."""
     if isinstance(prompt, str):
         return prompt
     return "\n".join(message.content for message in prompt if message.role != "system")

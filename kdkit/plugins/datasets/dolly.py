@@ -69,7 +69,7 @@ def dolly_converter(make_prompt: Prompter, categories: Sequence[str] | None) -> 
             category=category,
             echo=context or instruction,
         )
-        return Candidate(prompt_key(instruction, context), example, f"{instruction}\n\n{context}".rstrip())
+        return Candidate(prompt_key(instruction, context), example, text=f"{instruction}\n\n{context}".rstrip())
 
     return convert
 

@@ -50,7 +50,7 @@ class InstructionsLoader:
             prompt = make_prompt(instruction, context, category)
             echo = context or instruction
             example = Example(id=text(row.columns, "id"), prompt=prompt, category=category, echo=echo)
-            return Candidate(prompt_key(instruction, context), example, f"{instruction}\n\n{context}".rstrip())
+            return Candidate(prompt_key(instruction, context), example, text=f"{instruction}\n\n{context}".rstrip())
 
         return convert
 

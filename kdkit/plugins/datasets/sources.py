@@ -12,7 +12,7 @@ from kdkit.api.data import Rows
 from kdkit.api.errors import DataError, EnvironmentUnmet
 from kdkit.api.protocols import LoadContext
 from kdkit.api.slots import Ref
-from kdkit.plugins.datasets.decontaminate import RawPrompts, contamination
+from kdkit.plugins.datasets.decontaminate import RawPrompts, contamination, raw_text
 from kdkit.plugins.datasets.options import SourceOptions, SplitOptions, is_hub_id
 from kdkit.plugins.datasets.readers import read_rows, table_rows
 from kdkit.plugins.datasets.splits import Candidate, Convert, collect
@@ -66,9 +66,9 @@ def _raw(convert: Convert) -> Convert:
 
     def plain(row: SourceRow) -> Candidate | str:
         candidate = convert(row)
-        if isinstance(candidate, str) or not candidate.text:
+        if isinstance(candidate, str):
             return candidate
-        return replace(candidate, example=replace(candidate.example, prompt=candidate.text))
+        return replace(candidate, example=replace(candidate.example, prompt=raw_text(candidate)))
 
     return plain
 

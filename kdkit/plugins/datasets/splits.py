@@ -19,9 +19,10 @@ from kdkit.plugins.datasets.options import Dedup, SplitOptions
 from kdkit.plugins.datasets.selection import Selection
 from kdkit.plugins.datasets.values import RowError, SourceRow
 
-__all__ = ["Candidate", "Convert", "collect", "content_id", "part_of", "prompt_key"]
+__all__ = ["Candidate", "Convert", "Part", "collect", "content_id", "part_of", "prompt_key"]
 
 Prompt: TypeAlias = str | tuple[Message, ...]
+Part: TypeAlias = Literal["train", "validation", "test"]
 _PROMPT_DIGITS: Final = 16
 _ANSWER_DIGITS: Final = 12
 
@@ -31,16 +32,18 @@ class Candidate:
     """An example and what its source says about it.
 
     Attributes:
-        key: Decides the part: :func:`prompt_key` of the prompt as the source had it, or of what its group has in common
-            (the problem that a program solves).
+        key: :func:`prompt_key` of the prompt as the source had it, or of what its group has in common. It decides the
+            order, and the part when ``part`` does not.
         example: The example.
+        part: The part, where the source itself says it or a group decides it.
         text: The prompt's own words, before headings and templates are put around them: what ``decontaminate``
-            compares. Loaders whose prompts hold fixed sentences have to give it, since those would else be found in
-            every row. Empty: the prompt without system messages.
+            compares, since fixed sentences would be found in every row. Empty: the example's ``echo``, else its prompt
+            without system messages.
     """
 
     key: str
     example: Example
+    part: Part | None = None
     text: str = ""
 
 
@@ -59,7 +62,7 @@ def content_id(*prompt: Prompt, answers: Sequence[str | None] = ()) -> str:
     return f"{first}-{_digest(list(answers))[:_ANSWER_DIGITS]}" if any(answers) else first
 
 
-def part_of(key: str, options: SplitOptions) -> Literal["train", "validation", "test"]:
+def part_of(key: str, options: SplitOptions) -> Part:
     """The part that the prompt with this key belongs to.
 
     Args:
@@ -136,7 +139,7 @@ def _select(
     example = selection.identified(candidate.example)
     if example is None:
         return "duplicate"
-    chosen = options.split in ("all", part_of(candidate.key, options))
+    chosen = options.split in ("all", candidate.part or part_of(candidate.key, options))
     if chosen and excluded is not None and excluded(candidate):
         return "contaminated"
     # Another hash than the one of the parts: with split: all, the first rows would else be those of the test part.
