@@ -56,8 +56,9 @@ class Decontaminate(Params):
     ngram: int = Field(13, ge=1)
     """How many words in a row have to be the same. Words are runs of letters and digits in any script, after Unicode
     normalisation (NFKC) and without regard to case; in scripts written without spaces every character is a word. A
-    row's prompt (before a prompt style, without the system message) and each of its answers are compared with the
-    prompts and answers of the evaluation sets. A prompt with fewer words is compared as a whole with whole prompts;
+    row's prompt in its own words (without system message, headings and templates; of code datasets the code, the
+    docstring or the problem's statement) and each of its answers are compared with the prompts and answers of the
+    evaluation sets. A prompt with fewer words is compared as a whole with whole prompts;
     shorter answers alone remove nothing."""
 
 
