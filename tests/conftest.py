@@ -45,6 +45,9 @@ class FakeLoadContext:
     def resolve(self, ref: Any, /) -> Any:
         return Dataset(path=Path(str(ref.source)))
 
+    def build(self, component: Any, /, *args: Any) -> Any:
+        return component.found.spec.build(component.params, *args)
+
     def log(self, message: str, /) -> None:
         self.lines.append(message)
 

@@ -109,6 +109,9 @@ class LoadContext(Protocol):
     def resolve(self, ref: Ref[A], /) -> A:
         """The local file or directory behind a reference."""
 
+    def build(self, component: Component[T], /, *args: Any) -> T:
+        """Build a nested component, such as a dataset to compare with; errors name its plugin."""
+
     def log(self, message: str, /) -> None:
         """One line for the person who runs the recipe."""
 

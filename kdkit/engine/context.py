@@ -141,7 +141,7 @@ class Context(Builder):
             DataError: No row is left.
         """
         loader = self.build(component)
-        with ComponentBoundary(component.found):
+        with ComponentBoundary(component.found, _founds(component.params)):
             rows = loader.load(self)
             count = len(rows.examples)
         details = ", ".join(f"{name} {number:,}" for name, number in rows.counts.items())

@@ -5,11 +5,12 @@ from collections import Counter
 
 import pytest
 
-from kdkit.api import DataError, EnvironmentUnmet, Message
+from kdkit.api import Component, DataError, Dataset, EnvironmentUnmet, Message, Ref
+from kdkit.api.slots import Found
 from kdkit.plugins.datasets.dolly import DollyLoader
 from kdkit.plugins.datasets.instructions import InstructionsLoader
-from kdkit.plugins.datasets.options import CATEGORIES
-from kdkit.plugins.datasets.plugin import DollyParams, InstructionsParams
+from kdkit.plugins.datasets.options import CATEGORIES, Decontaminate
+from kdkit.plugins.datasets.plugin import DollyParams, InstructionsParams, kdkit_datasets
 from kdkit.plugins.datasets.prompts import alpaca_prompt
 
 
@@ -115,6 +116,44 @@ def test_minillm_columns_and_several_references(load_context, file):
     assert (example.completion, example.references, example.category) == ("Owl", ("Owl", "Crow"), "t1")
     single = only(load(load_context, file({**row, "output": ["Owl"]})))
     assert (single.completion, single.references) == ("Owl", ())
+
+
+def test_the_identity_baseline_says_the_context_or_else_the_instruction(load_context, file):
+    for style in ("chat", "alpaca"):
+        assert only(load(load_context, file(PLAIN), prompt_style=style)).echo == "Name a bird."
+        assert only(load(load_context, file(WITH_CONTEXT), prompt_style=style)).echo == "Ana sings."
+    assert all(example.echo for example in instructions(load_context, split="all").examples)
+
+
+SPANISH = {
+    "instruction": "\ufeff¿Cuándo nació Ñusta?",
+    "context": "\ufeffÑusta nació en 1498.",
+    "response": "En 1498.",
+    "category": "closed_qa",
+    "instruction_original_en": "When was Ñusta born?",
+    "context_original_en": "Ñusta was born in 1498.",
+    "response_original_en": "In 1498.",
+    "id": 7,
+}
+
+
+def test_spanish_rows_of_the_multilingual_schema(load_context, file):
+    path = file(SPANISH, {**SPANISH, "instruction": "¿Qué?", "context": "", "category": "open_qa", "id": 8})
+    both = load(load_context, path, language="es", prompt_style="alpaca").examples
+    assert sorted(example.category for example in both) == ["closed_qa", "open_qa"]
+    example = only(load(load_context, path, language="es", prompt_style="alpaca", categories=["closed_qa"]))
+    assert "\n\n### Instrucción:\n¿Cuándo nació Ñusta?\n\n### Entrada:\nÑusta nació en 1498.\n" in example.prompt
+    assert (example.completion, example.echo) == ("En 1498.", "Ñusta nació en 1498.")
+    assert "born" not in example.prompt
+    older = {key.replace("_original_en", "_en"): value for key, value in SPANISH.items() if key != "id"}
+    assert only(load(load_context, file(older), language="es", prompt_style="alpaca")) == example
+
+
+@pytest.mark.parametrize(("dedup", "kept"), [("none", 4), ("exact", 2), ("prompt", 1)])
+def test_duplicates(load_context, file, dedup, kept):
+    rows = [PLAIN, PLAIN, {**PLAIN, "response": "AN  OWL."}, {**PLAIN, "response": "A crow."}]
+    found = load(load_context, file(*rows), dedup=dedup)
+    assert (len(found.examples), found.counts.get("duplicate", 0)) == (kept, 4 - kept)
 
 
 def test_absent_or_null_context_and_category_are_empty(load_context, file):
@@ -279,7 +318,31 @@ def test_real_spanish_schema(shared_data, load_context):
     rows = load(load_context, shared_data / "dolly_es/xquad_es_in_dolly_multilingual_schema.jsonl", language="es")
     assert rows.counts["broken"] == 0
     assert rows.counts["kept"] > 1180
+    assert all(example.echo and not example.echo.startswith("\ufeff") for example in rows.examples)
     assert not any(message.content.startswith("\ufeff") for e in rows.examples for message in e.prompt)
+
+
+@pytest.mark.shared
+def test_real_test_rows_are_taken_out_of_the_training_rows(shared_data, load_context):
+    source = shared_data / "dolly_en/databricks-dolly-15k.partial.jsonl"
+    valid = shared_data / "dolly_en/minillm/dolly/valid.jsonl"
+    given = DollyParams.model_validate(
+        {
+            "source": Ref(Dataset, str(source)),
+            "split": "all",
+            "decontaminate": Decontaminate.model_construct(against=[component(source=str(valid))], ngram=13),
+        }
+    )
+    rows = DollyLoader(given).load(load_context)
+    # 500 of the rows are the evaluation set itself, under other column names.
+    assert 480 < rows.counts["contaminated"] < 700
+    left = {example.prompt for example in rows.examples}
+    assert not left & {example.prompt for example in load(load_context, valid).examples}
+
+
+def component(**given):
+    spec = next(spec for spec in kdkit_datasets() if spec.name == "dolly")
+    return Component("dataset", Found(spec, "dolly", "1", "here"), params(split="all", **given))
 
 
 @pytest.mark.shared

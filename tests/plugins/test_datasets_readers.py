@@ -7,12 +7,13 @@ import os
 import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from kdkit.api import DataError, EnvironmentUnmet
-from kdkit.plugins.datasets import readers
+from kdkit.plugins.datasets import json_list, readers, values
 from kdkit.plugins.datasets.readers import read_rows
 
 
@@ -223,9 +224,6 @@ def test_damaged_parquet(tmp_path, damage):
         ("x.json", b"[]", "is empty"),
         ("x.json", b"", "is empty"),
         ("x.jsonl.gz", gzip.compress(b""), "is empty"),
-        ("x.json", b'[{"a": 1},', "is not JSON: "),
-        ("x.json", b"[" * 100_000, "is nested too deeply"),
-        ("x.json", b'[{"a": "\xff"}]', "is not UTF-8 at byte 9"),
         ("x.csv", b"a,b\n", "has an unknown format; allowed: .jsonl, .jsonl.gz, .json, .parquet"),
     ],
 )
@@ -271,7 +269,126 @@ def test_a_file_the_system_refuses(tmp_path, monkeypatch):
         list(read_rows(file))
 
 
-def test_json_size_limit(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "MAX_JSON", 5)
-    with pytest.raises(DataError, match="write it as JSON Lines"):
-        list(read_rows(write(tmp_path / "x.json", b'[{"a": 1}]')))
+def test_json_list_is_read_in_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(json_list, "_CHUNK", 3)
+    rows = [{"a": "ñ€𝄞" * n, "n": [n, {"x": "\\]"}]} for n in range(9)]
+    for text in (
+        json.dumps(rows, ensure_ascii=False),
+        json.dumps(rows, indent=3) + " \n",
+        "[" + json.dumps(rows[8]) + "]",
+    ):
+        assert columns(write(tmp_path / "x.json", text.encode())) == json.loads(text)
+
+
+def test_json_list_never_holds_more_than_an_item(tmp_path):
+    file = tmp_path / "x.json"
+    file.write_bytes(b"[" + b",\n".join(b'{"n": %d, "text": "%s"}' % (n, b"x" * 1000) for n in range(20_000)) + b"]")
+    tracemalloc.start()
+    try:
+        assert sum(row.columns["n"] for row in read_rows(file)) == sum(range(20_000))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert file.stat().st_size > 20_000_000
+    assert peak < 2_000_000
+
+
+def test_a_broken_item_of_a_json_list_is_named_and_its_neighbours_are_read(tmp_path):
+    items = ['{"n": 1}', "3", '{"a": NaN}', '{"a": "x\\u0000"}', '{"a": ' + "[" * 64 + "]" * 64 + "}", '{"n": 6}']
+    file = write(tmp_path / "x.json", f"[{', '.join(items)}]".encode())
+    rows = list(read_rows(file))
+    assert [row.where for row in rows] == [f"{file}:[{n}]" for n in range(1, 7)]
+    assert [row.problem for row in rows] == [
+        "",
+        "is a number, not an object",
+        "'a' holds a number that is not finite",
+        "'a' holds a NUL character",
+        "'a' is nested more than 64 levels deep",
+        "",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        (b'[{"a": 1},', ":[2]: is not JSON: Expecting value at character 11"),
+        (b'[{"a": 1}', ":[1]: is not JSON: expecting ',' or ']' at character 10"),
+        (b'[{"a": 1} {"a": 2}]', ":[1]: is not JSON: expecting ',' or ']' at character 11"),
+        (b'[{"a": 1}] x', ":[1]: is not JSON: more text after the list at character 12"),
+        (b'[{"a": 1}, {"a": 2]', ":[2]: is not JSON: Expecting ',' delimiter at character 19"),
+        (b"[" * 100_000, ":[1]: is nested too deeply"),
+        (b'[{"a": 1}, ' + b"[" * 10_000 + b"]" * 10_000 + b"]", ":[2]: is nested too deeply"),
+        (b'[{"a": "\xff"}]', ": is not UTF-8 at byte 9"),
+        (b'[{"a": "' + "ñ".encode() * 70_000 + b'\xe2\x82"}]', ":[1]: is not UTF-8 at byte 140,009"),
+        (b'[{"a": ' + b"9" * 5000 + b"}]", ":[1]: is not JSON: Exceeds the limit"),
+    ],
+)
+def test_a_json_list_that_breaks_off_says_where(tmp_path, data, what):
+    file = write(tmp_path / "x.json", data)
+    with pytest.raises(DataError) as error:
+        list(read_rows(file))
+    assert one_line(error).startswith(f"{file}{what}")
+
+
+def test_longest_item_of_a_json_list(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "MAX_LINE", 1000)
+    monkeypatch.setattr(json_list, "_CHUNK", 100)
+    file = write(tmp_path / "x.json", b'[{"a": 1}, {"a": "' + b"x" * 5000 + b'"}]')
+    with pytest.raises(DataError, match=r"x\.json:\[2\]: is longer than 2,000 characters"):
+        list(read_rows(file))
+
+
+def test_parquet_row_that_is_not_utf8_is_named_and_its_neighbours_are_read(tmp_path):
+    offsets, data = pa.py_buffer(np.array([0, 2, 5, 6], "int32").tobytes()), pa.py_buffer(b"okcaf\xe9")
+    text = pa.Array.from_buffers(pa.string(), 3, [None, offsets, data])
+    assert len(text) == 3
+    pq.write_table(pa.table({"a": text}), tmp_path / "x.parquet")
+    rows = list(read_rows(tmp_path / "x.parquet"))
+    assert [row.columns for row in rows[:2]] == [{"a": "ok"}, {"a": "caf"}]
+    assert rows[2].problem == "holds text that is not UTF-8 at byte 1"
+
+
+def test_parquet_bombs_stop(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "EXPANSION_FROM", 1_000_000)
+    monkeypatch.setattr(readers, "EXPANSION", 20)
+    pq.write_table(pa.table({"a": ["x" * 3_000_000]}), tmp_path / "long.parquet", use_dictionary=False)
+    pq.write_table(pa.table({"a": ["y" * 10_000] * 10_000}), tmp_path / "often.parquet")
+    assert (tmp_path / "often.parquet").stat().st_size < 50_000
+    for name in ("long", "often"):
+        with pytest.raises(DataError) as error:
+            list(read_rows(tmp_path / f"{name}.parquet"))
+        assert f"{name}.parquet: grows to more than " in one_line(error)
+
+
+def test_large_parquet_batches_become_objects_one_by_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "_BATCH_BYTES", 100)
+    pq.write_table(pa.table({"a": [f"{n:0200}" for n in range(70)]}), tmp_path / "x.parquet")
+    assert [int(row["a"]) for row in columns(tmp_path / "x.parquet")] == list(range(70))
+
+
+def test_a_long_text_is_refused_and_a_list_of_tokens_is_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(values, "MAX_TEXT", 10)
+    file = write(tmp_path / "x.jsonl", b'{"a": "0123456789"}\n{"a": "0123456789x"}\n{"a": ["012345", "6789x"]}\n')
+    assert [row.problem for row in read_rows(file)] == ["", "'a' is longer than 10 characters", ""]
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [('"a\\u0000"', "'t' holds a NUL character"), ('"\\udc00"', "'t' holds half of a surrogate pair")],
+)
+def test_broken_tokens_in_a_list(tmp_path, value, problem):
+    (row,) = read_rows(write(tmp_path / "x.jsonl", f'{{"t": ["a", {value}, "b"]}}'.encode()))
+    assert row.problem == problem
+
+
+def test_links_in_a_circle_and_directories_that_look_like_files(tmp_path):
+    loop = tmp_path / "loop.jsonl"
+    loop.symlink_to(loop)
+    (tmp_path / "dir.jsonl").mkdir()
+    for path, what in (
+        (loop, "no such file"),
+        (tmp_path / "dir.jsonl", "no data files"),
+        (tmp_path, "is no regular f"),
+    ):
+        with pytest.raises(DataError, match=what):
+            list(read_rows(path))

@@ -129,7 +129,9 @@ def test_identical_rows_are_counted_and_kept_once():
 
 def test_one_id_for_two_rows_is_broken():
     rows = [("p", "a", "x"), ("q", "a", "x")]
-    with pytest.raises(DataError, match=r"^f:1: has the id 'x' of another row \(f:0\); mend the row, or set on_error"):
+    with pytest.raises(
+        DataError, match=r"^f:1: has the id 'x' of an earlier row with another text; mend the row, or set on_error"
+    ):
         take(rows, options())
     assert take(rows, options(), on_error="skip").counts["broken"] == 1
 

@@ -67,8 +67,9 @@ def dolly_converter(make_prompt: Prompter, categories: Sequence[str] | None) -> 
             completion=answers[0],
             references=answers if len(answers) > 1 else (),
             category=category,
+            echo=context or instruction,
         )
-        return Candidate(prompt_key(instruction, context), example)
+        return Candidate(prompt_key(instruction, context), example, text=f"{instruction}\n\n{context}".rstrip())
 
     return convert
 

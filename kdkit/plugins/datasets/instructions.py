@@ -12,6 +12,7 @@ from kdkit.plugins.datasets.options import SplitOptions
 from kdkit.plugins.datasets.plugin import InstructionsParams
 from kdkit.plugins.datasets.prompts import prompter
 from kdkit.plugins.datasets.readers import read_rows
+from kdkit.plugins.datasets.sources import select_rows
 from kdkit.plugins.datasets.splits import Candidate, Convert, collect, prompt_key
 from kdkit.plugins.datasets.values import SourceRow, optional_text, text
 
@@ -28,9 +29,8 @@ class InstructionsLoader:
 
     def load(self, ctx: LoadContext) -> Rows:
         """The prompts of the chosen split; see :class:`kdkit.api.DatasetLoader`."""
-        del ctx
         convert = self._converter(self._params.categories)
-        return collect(read_rows(DATA / "instructions.jsonl"), convert, self._params)[0]
+        return select_rows(read_rows(DATA / "instructions.jsonl"), convert, self._params, ctx, name="instructions")
 
     def sample(self) -> Rows:
         """Two prompts of each category."""
@@ -48,8 +48,9 @@ class InstructionsLoader:
             if categories is not None and category not in categories:
                 return "other-category"
             prompt = make_prompt(instruction, context, category)
-            example = Example(id=text(row.columns, "id"), prompt=prompt, category=category)
-            return Candidate(prompt_key(instruction, context), example)
+            echo = context or instruction
+            example = Example(id=text(row.columns, "id"), prompt=prompt, category=category, echo=echo)
+            return Candidate(prompt_key(instruction, context), example, text=f"{instruction}\n\n{context}".rstrip())
 
         return convert
 

@@ -15,6 +15,7 @@ from kdkit.models.examples import (
     messages_from_json,
     prompt_from_json,
 )
+from kdkit.plugins.datasets.decontaminate import prompt_text
 from kdkit.plugins.datasets.dolly import DATA
 from kdkit.plugins.datasets.options import SplitOptions
 from kdkit.plugins.datasets.plugin import JsonlParams
@@ -95,7 +96,7 @@ class _Reader:
             return "empty-prompt"
         if example.completion is not None and not example.completion.strip():
             return "empty-completion"
-        return Candidate(prompt_key(example.prompt), example)
+        return Candidate(prompt_key(example.prompt), example, text=prompt_text(example.prompt))
 
     def _example(self, shape: Shape, columns: Mapping[str, Any]) -> Example:
         if shape == "kdkit examples":

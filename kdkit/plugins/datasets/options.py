@@ -10,9 +10,22 @@ from pydantic_core import PydanticCustomError
 
 from kdkit.api.artifacts import Dataset
 from kdkit.api.params import Params
-from kdkit.api.slots import Ref
+from kdkit.api.protocols import DatasetLoader
+from kdkit.api.slots import Component, OneOrMore, Ref
 
-__all__ = ["CATEGORIES", "Category", "PromptOptions", "SourceOptions", "SplitOptions", "StyleOptions", "is_hub_id"]
+__all__ = [
+    "CATEGORIES",
+    "Category",
+    "Decontaminate",
+    "Dedup",
+    "PromptOptions",
+    "SourceOptions",
+    "SplitOptions",
+    "StyleOptions",
+    "is_hub_id",
+]
+
+Dedup: TypeAlias = Literal["none", "exact", "prompt"]
 
 Category: TypeAlias = Literal[
     "open_qa",
@@ -35,6 +48,21 @@ def is_hub_id(source: Any) -> bool:
     return source.count("/") == 1 and all(source.split("/"))
 
 
+class Decontaminate(Params):
+    """Remove rows that share text with evaluation sets."""
+
+    against: OneOrMore[Component[DatasetLoader]]
+    """The evaluation sets, such as ``{use: dolly, source: ./rows.jsonl, split: test}``. Exactly the rows that this
+    entry gives are compared, so name the split that is evaluated."""
+    ngram: int = Field(13, ge=1)
+    """How many words in a row have to be the same. Words are runs of letters and digits in any script, after Unicode
+    normalisation (NFKC) and without regard to case; in scripts written without spaces every character is a word. A
+    row's prompt in its own words (without system message, headings and templates; of code datasets the code, the
+    docstring or the problem's statement) and each of its answers are compared with the prompts and answers of the
+    evaluation sets. A prompt with fewer words is compared as a whole with whole prompts;
+    shorter answers alone remove nothing."""
+
+
 class SplitOptions(Params):
     """Which rows of a dataset to take."""
 
@@ -49,6 +77,13 @@ class SplitOptions(Params):
     """Changes which prompts are in which part, and the order of the rows. Give all stages of a recipe the same."""
     max_rows: int | None = Field(None, ge=1)
     """Take at most this many rows: the first ones in hash order, so that a smaller number takes a subset."""
+    dedup: Dedup = "exact"
+    """Duplicates: ``exact`` keeps one of the rows whose prompt and answers are the same but for case and white space,
+    ``prompt`` one of the rows with the same prompt, ``none`` all. All parts of the source are looked at, so that no
+    copy of a row is in two parts. The row that stays is the first in hash order, wherever it stands in the file."""
+    decontaminate: Decontaminate | None = None
+    """Remove rows that share text with an evaluation set, such as
+    ``{against: {use: dolly, split: test}, ngram: 13}``; how many is reported as ``contaminated``."""
 
     @field_validator("test_fraction", "validation_fraction")
     @classmethod

@@ -1,7 +1,8 @@
 """Rows of local files: ``.jsonl``, ``.jsonl.gz``, ``.json``, ``.parquet``, or a directory of them.
 
 A row that cannot be read is handed on with its problem, so that the caller decides; a file that cannot be read is a
-:class:`kdkit.api.DataError`. Memory is bounded by one line (or one table batch), also for compressed files.
+:class:`kdkit.api.DataError`. Memory is bounded by one line, one item of a list or one small batch of a table, also for
+compressed files.
 """
 
 from __future__ import annotations
@@ -14,19 +15,20 @@ from pathlib import Path
 from typing import IO, Any, Final, NoReturn
 
 from kdkit.api.errors import DataError, EnvironmentUnmet
+from kdkit.plugins.datasets.json_list import list_items
 from kdkit.plugins.datasets.values import RowError, SourceRow, clean_row
 
 __all__ = ["MAX_LINE", "SUFFIXES", "read_rows", "table_rows"]
 
 SUFFIXES: Final = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 MAX_LINE: Final = 10_000_000
-"""Longest line of a JSON Lines file, in bytes."""
-MAX_JSON: Final = 2**30
-"""Largest ``.json`` file, in bytes; it is parsed as a whole."""
+"""Longest line of a JSON Lines file, in bytes; an item of a JSON list may have twice as many."""
 EXPANSION: Final = 200
 EXPANSION_FROM: Final = 64 * 2**20
 """A compressed file may grow to 64 MiB or to 200 times its size, whichever is more; text grows 3 to 20 times."""
-_BATCH: Final = 1024
+_BATCH: Final = 32
+_BATCH_BYTES: Final = 32 * 2**20
+_PARQUET_BUFFER: Final = 2**20
 _BOM: Final = b"\xef\xbb\xbf"
 
 
@@ -46,9 +48,10 @@ def read_rows(path: Path) -> Iterator[SourceRow]:
 
 
 def table_rows(rows: Iterator[Any], source: str) -> Iterator[SourceRow]:
-    """Rows of a table; ``source`` names it, rows count from 1."""
+    """Rows of a table; ``source`` names it, rows count from 1. A ``RowError`` among them is a row that is broken."""
     for number, row in enumerate(rows, start=1):
-        yield _checked(f"{source}:{number}", row, table=True)
+        where = f"{source}:{number}"
+        yield SourceRow(where, {}, str(row)) if isinstance(row, RowError) else _checked(where, row, table=True)
 
 
 def _files_of(directory: Path) -> list[Path]:
@@ -89,14 +92,32 @@ def _rows_by_format(file: Path) -> Iterator[SourceRow]:
         raise DataError("has an unknown format", where=str(file), allowed=", ".join(SUFFIXES))
 
 
+class _Growth:
+    """Refuses a compressed file that grows as no real data does."""
+
+    def __init__(self, file: Path) -> None:
+        self._total = 0
+        self._file = file
+        self._limit = max(EXPANSION_FROM, EXPANSION * file.stat().st_size)
+
+    def add(self, size: int) -> None:
+        """So many bytes more were unpacked, or are going to be."""
+        self._total += size
+        if self._total > self._limit:
+            raise DataError(
+                f"grows to more than {self._limit:,} bytes when unpacked, which no real dataset does",
+                where=str(self._file),
+                hint="write it as plain .jsonl if you trust it",
+            )
+
+
 class _Bounded:
     """Lines of a binary stream, with a bound on each and on what a compressed file grows to."""
 
-    def __init__(self, stream: IO[bytes] | gzip.GzipFile, file: Path, limit: int | None = None) -> None:
+    def __init__(self, stream: IO[bytes] | gzip.GzipFile, file: Path, growth: _Growth | None = None) -> None:
         self.file = file
         self._stream = stream
-        self._limit = limit
-        self._total = 0
+        self._growth = growth
 
     def __iter__(self) -> Iterator[bytes | None]:
         """Each line; None for one that is too long."""
@@ -111,13 +132,8 @@ class _Bounded:
 
     def _read(self, size: int) -> bytes:
         data = self._stream.readline(size)
-        self._total += len(data)
-        if self._limit is not None and self._total > self._limit:
-            raise DataError(
-                f"grows to more than {self._limit:,} bytes when unpacked, which no real dataset does",
-                where=str(self.file),
-                hint="unpack it and name the .jsonl file if you trust it",
-            )
+        if self._growth is not None:
+            self._growth.add(len(data))
         return data
 
 
@@ -133,10 +149,9 @@ def _line_rows(lines: _Bounded) -> Iterator[SourceRow]:
 
 
 def _gzip_rows(file: Path) -> Iterator[SourceRow]:
-    limit = max(EXPANSION_FROM, EXPANSION * file.stat().st_size)
     try:
         with gzip.open(file, "rb") as stream:
-            yield from _line_rows(_Bounded(stream, file, limit))
+            yield from _line_rows(_Bounded(stream, file, _Growth(file)))
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"is damaged or cut: {error}", where=str(file), hint="fetch it again") from error
 
@@ -149,14 +164,9 @@ def _json_rows(file: Path) -> Iterator[SourceRow]:
         with file.open("rb") as stream:
             yield from _line_rows(_Bounded(stream, file))
         return
-    if file.stat().st_size > MAX_JSON:
-        raise DataError(f"is larger than {MAX_JSON:,} bytes", where=str(file), hint="write it as JSON Lines")
-    try:
-        items = _loads(file.read_bytes().removeprefix(_BOM))
-    except RowError as error:
-        raise DataError(str(error), where=str(file)) from error
-    for number, item in enumerate(items, start=1):
-        yield _checked(f"{file}:[{number}]", item, table=False)
+    with file.open("rb") as stream:
+        for where, item in list_items(stream, file, longest=2 * MAX_LINE):
+            yield _checked(where, item, table=False)
 
 
 def _parquet_rows(file: Path) -> Iterator[SourceRow]:
@@ -164,15 +174,36 @@ def _parquet_rows(file: Path) -> Iterator[SourceRow]:
     import pyarrow.parquet as pq
 
     def rows(stream: IO[bytes]) -> Iterator[Any]:
-        with pq.ParquetFile(stream) as table:
+        # Reading column by column in small pieces: by default a whole row group is fetched first.
+        with pq.ParquetFile(stream, buffer_size=_PARQUET_BUFFER, pre_buffer=False) as table:
+            # What it says of itself, before anything is unpacked; then what comes out, since it can repeat a long text.
+            _Growth(file).add(sum(table.metadata.row_group(n).total_byte_size for n in range(table.num_row_groups)))
+            growth = _Growth(file)
             for batch in table.iter_batches(batch_size=_BATCH):
-                yield from batch.to_pylist()
+                growth.add(batch.nbytes)
+                yield from _batch_rows(batch)
 
     with file.open("rb") as stream:
         try:
             yield from table_rows(rows(stream), str(file))
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        except (pa.ArrowException, OSError) as error:
             raise DataError(f"is damaged: {error}", where=str(file), hint="fetch it again") from error
+
+
+def _batch_rows(batch: Any) -> Iterator[Any]:
+    """The rows of a batch as objects; large ones one at a time, since a short file can repeat a long text."""
+    if batch.nbytes <= _BATCH_BYTES:
+        try:
+            yield from batch.to_pylist()
+        except UnicodeDecodeError:
+            pass
+        else:
+            return
+    for index in range(batch.num_rows):
+        try:
+            yield from batch.slice(index, 1).to_pylist()
+        except UnicodeDecodeError as error:
+            yield RowError(f"holds text that is not UTF-8 at byte {error.start + 1}")
 
 
 def _parsed(where: str, line: bytes) -> SourceRow:

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 from kdkit.api.artifacts import Dataset
 from kdkit.api.data import Rows
 from kdkit.api.errors import DataError, EnvironmentUnmet
 from kdkit.api.protocols import LoadContext
 from kdkit.api.slots import Ref
+from kdkit.plugins.datasets.decontaminate import RawPrompts, contamination, raw_text
 from kdkit.plugins.datasets.options import SourceOptions, SplitOptions, is_hub_id
 from kdkit.plugins.datasets.readers import read_rows, table_rows
-from kdkit.plugins.datasets.splits import Convert, collect
+from kdkit.plugins.datasets.splits import Candidate, Convert, collect
 from kdkit.plugins.datasets.values import SourceRow
 
-__all__ = ["load_rows", "source_rows"]
+__all__ = ["load_rows", "select_rows", "source_rows"]
 
 
 def load_rows(
     source: SourceOptions, split: SplitOptions, convert: Convert, ctx: LoadContext, *, hub_split: str
 ) -> Rows:
-    """Read ``source``, convert its rows and take the split; says which broken rows were skipped.
+    """Read ``source``, convert its rows and take the split; says which rows were skipped or share text with others.
 
     Args:
         source: Where the rows are.
@@ -35,10 +37,40 @@ def load_rows(
         DataError: The source is missing, empty, damaged, or has a broken row and ``on_error`` is ``fail``.
         EnvironmentUnmet: The Hub cannot be reached, or a file cannot be read.
     """
-    rows, broken = collect(source_rows(source, ctx, hub_split=hub_split), convert, split, on_error=source.on_error)
+    rows = source_rows(source, ctx, hub_split=hub_split)
+    return select_rows(rows, convert, split, ctx, name=str(source.source), on_error=source.on_error)
+
+
+def select_rows(
+    rows: Iterable[SourceRow],
+    convert: Convert,
+    split: SplitOptions,
+    ctx: LoadContext,
+    *,
+    name: str,
+    on_error: Literal["fail", "skip"] = "fail",
+) -> Rows:
+    """Convert rows that are already there and take the split; ``name`` is what the log calls them."""
+    shared = contamination(split.decontaminate, ctx) if split.decontaminate else None
+    convert = _raw(convert) if isinstance(ctx, RawPrompts) else convert
+    kept, broken = collect(rows, convert, split, on_error=on_error, excluded=shared)
     if broken:
-        ctx.log(f"{source.source}: skipped {rows.counts['broken']} broken rows; the first: {broken}")
-    return rows
+        ctx.log(f"{name}: skipped {kept.counts['broken']} broken rows; the first: {broken}")
+    if shared:
+        ctx.log(f"{name}: {shared.summary()}")
+    return kept
+
+
+def _raw(convert: Convert) -> Convert:
+    """The same conversion with prompts in the words of their source."""
+
+    def plain(row: SourceRow) -> Candidate | str:
+        candidate = convert(row)
+        if isinstance(candidate, str):
+            return candidate
+        return replace(candidate, example=replace(candidate.example, prompt=raw_text(candidate)))
+
+    return plain
 
 
 def source_rows(source: SourceOptions, ctx: LoadContext, *, hub_split: str) -> Iterator[SourceRow]:

@@ -15,7 +15,8 @@ from typing import Any, Final, Literal, TypeAlias
 
 from kdkit.api.data import Example, Message, Rows
 from kdkit.api.errors import DataError
-from kdkit.plugins.datasets.options import SplitOptions
+from kdkit.plugins.datasets.options import Dedup, SplitOptions
+from kdkit.plugins.datasets.selection import Selection
 from kdkit.plugins.datasets.values import RowError, SourceRow
 
 __all__ = ["Candidate", "Convert", "Part", "collect", "content_id", "part_of", "prompt_key"]
@@ -28,14 +29,22 @@ _ANSWER_DIGITS: Final = 12
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """An example and the key that decides its part: :func:`prompt_key` of its prompt as the source had it.
+    """An example and what its source says about it.
 
-    ``part`` is set where the source itself says which part a row belongs to; the key then gives the order alone.
+    Attributes:
+        key: :func:`prompt_key` of the prompt as the source had it, or of what its group has in common. It decides the
+            order, and the part when ``part`` does not.
+        example: The example.
+        part: The part, where the source itself says it or a group decides it.
+        text: The prompt's own words, before headings and templates are put around them: what ``decontaminate``
+            compares, since fixed sentences would be found in every row. Empty: the example's ``echo``, else its prompt
+            without system messages.
     """
 
     key: str
     example: Example
     part: Part | None = None
+    text: str = ""
 
 
 Convert = Callable[[SourceRow], Candidate | str]
@@ -44,7 +53,7 @@ Convert = Callable[[SourceRow], Candidate | str]
 
 def prompt_key(*parts: Prompt) -> str:
     """A hash of a prompt as the source has it; case and white space do not count, so near copies share a key."""
-    return _digest([_texts(part, lambda text: " ".join(text.casefold().split())) for part in parts])
+    return _digest([_texts(part, _plain) for part in parts])
 
 
 def content_id(*prompt: Prompt, answers: Sequence[str | None] = ()) -> str:
@@ -67,12 +76,25 @@ def part_of(key: str, options: SplitOptions) -> Part:
 
 
 def collect(
-    rows: Iterable[SourceRow], convert: Convert, options: SplitOptions, *, on_error: Literal["fail", "skip"] = "fail"
+    rows: Iterable[SourceRow],
+    convert: Convert,
+    options: SplitOptions,
+    *,
+    on_error: Literal["fail", "skip"] = "fail",
+    excluded: Callable[[Candidate], bool] | None = None,
 ) -> tuple[Rows, str]:
     """The examples of the chosen split, in hash order, and what happened to all other rows.
 
-    ``counts["read"]`` is the sum of ``kept`` and of all reasons (``broken``, ``duplicate``, ``other-split``,
-    ``over-max-rows`` and those of ``convert``).
+    ``counts["read"]`` is the sum of ``kept`` and of all reasons (``broken``, ``duplicate``, ``contaminated``,
+    ``other-split``, ``over-max-rows`` and those of ``convert``). Large results lie in a temporary file and are read
+    from it row by row.
+
+    Args:
+        rows: See :mod:`kdkit.plugins.datasets.readers`.
+        convert: See :data:`Convert`.
+        options: The split, duplicates and how many rows. ``decontaminate`` plays no part, see ``excluded``.
+        on_error: What a broken row does.
+        excluded: Whether a row of the chosen split is ``contaminated``; it then counts as no copy of another row.
 
     Returns:
         The rows, and the first broken row as one line (empty when there is none).
@@ -81,56 +103,54 @@ def collect(
         DataError: A broken row and ``on_error`` is ``fail``; it names file and line.
     """
     counts: Counter[str] = Counter(read=0, kept=0, broken=0)
-    seen: dict[str, tuple[int, str]] = {}
-    chosen: list[Candidate] = []
+    selection = Selection(options, lambda example: _content(example, options.dedup), counts)
     first_broken = ""
     for row in rows:
         counts["read"] += 1
         try:
-            candidate = _usable(row, convert, seen)
+            reason = _select(row, convert, options, selection, excluded)
         except RowError as error:
             if on_error == "fail":
                 raise DataError(str(error), where=row.where, hint="mend the row, or set on_error: skip") from error
             counts["broken"] += 1
             first_broken = first_broken or f"{row.where}: {error}"
             continue
-        if isinstance(candidate, str):
-            counts[candidate] += 1
-        elif options.split not in ("all", candidate.part or part_of(candidate.key, options)):
-            counts["other-split"] += 1
-        else:
-            chosen.append(candidate)
-    examples = _first(chosen, options, counts)
+        if reason:
+            counts[reason] += 1
+    examples = selection.examples()
     counts["kept"] = len(examples)
-    return Rows(examples=examples, counts=dict(counts)), first_broken
+    always = {"read", "kept", "broken"}
+    return Rows(examples=examples, counts={k: n for k, n in counts.items() if n or k in always}), first_broken
 
 
-def _usable(row: SourceRow, convert: Convert, seen: dict[str, tuple[int, str]]) -> Candidate | str:
+def _select(
+    row: SourceRow,
+    convert: Convert,
+    options: SplitOptions,
+    selection: Selection,
+    excluded: Callable[[Candidate], bool] | None,
+) -> str:
+    """Hand a row to ``selection``, or say why it is dropped."""
     if row.problem:
         raise RowError(row.problem)
     candidate = convert(row)
     if isinstance(candidate, str):
         return candidate
-    example = candidate.example
-    content = hash((example.prompt, example.completion, example.references))
-    before, where = seen.setdefault(example.id, (content, row.where))
-    if where == row.where:
-        return candidate
-    if before != content:
-        raise RowError(f"has the id {example.id!r} of another row ({where})")
-    return "duplicate"
-
-
-def _first(chosen: list[Candidate], options: SplitOptions, counts: Counter[str]) -> tuple[Example, ...]:
+    example = selection.identified(candidate.example)
+    if example is None:
+        return "duplicate"
+    chosen = options.split in ("all", candidate.part or part_of(candidate.key, options))
+    if chosen and excluded is not None and excluded(candidate):
+        return "contaminated"
     # Another hash than the one of the parts: with split: all, the first rows would else be those of the test part.
-    def place(candidate: Candidate) -> tuple[float, str]:
-        return _uniform(f"{options.split_seed}:order:{candidate.key}"), candidate.example.id
+    selection.add(_bits(f"{options.split_seed}:order:{candidate.key}"), example, chosen=chosen)
+    return ""
 
-    ordered = sorted(chosen, key=place)
-    kept = ordered[: options.max_rows]
-    if len(kept) < len(ordered):
-        counts["over-max-rows"] = len(ordered) - len(kept)
-    return tuple(candidate.example for candidate in kept)
+
+def _content(example: Example, dedup: Dedup) -> str:
+    """What two rows have in common when they are copies: prompt and answers, or the prompt alone."""
+    answers = (example.completion, *example.references) if dedup == "exact" else ()
+    return json.dumps([_texts(example.prompt, _plain), [answer and _plain(answer) for answer in answers]])
 
 
 def _texts(prompt: Prompt, plain: Callable[[str], str]) -> str | list[list[str]]:
@@ -143,6 +163,15 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
+def _plain(text: str) -> str:
+    """``text`` without case, with single blanks for white space."""
+    return " ".join(text.casefold().split())
+
+
 def _uniform(text: str) -> float:
     """A number in [0, 1) that is a function of ``text``; 53 bits, so that rounding never gives 1."""
-    return (int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 11) / 2**53
+    return _bits(text) / 2**53
+
+
+def _bits(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 11
