@@ -53,6 +53,22 @@ Force = Annotated[
 ]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Throw checkpoints away instead of resuming.")]
 Run = Annotated[str, typer.Argument(metavar="RUN", help="Run directory, RECIPE/TIME, or a recipe's name: its latest.")]
+Models = Annotated[
+    list[str],
+    typer.Option(
+        "--model",
+        metavar="[NAME=]MODEL",
+        help="Directory, stages/NAME of a run, Hub id or known name; repeatable. NAME is shown above its answers.",
+    ),
+]
+PromptFile = Annotated[
+    str | None,
+    typer.Option(
+        "--prompts",
+        metavar="FILE",
+        help="One prompt a line, or JSON Lines with 'prompt' or 'messages'; - is standard input.",
+    ),
+]
 _RUNS: Final = Path("runs")
 
 
@@ -138,26 +154,12 @@ def validate(
 
 @app.command()
 def generate(
-    models: Annotated[
-        list[str],
-        typer.Option(
-            "--model",
-            metavar="[NAME=]MODEL",
-            help="Directory, stages/NAME of a run, Hub id or known name; repeatable. NAME is shown above its answers.",
-        ),
-    ],
+    models: Models,
     *,
     prompts: Annotated[
         list[str] | None, typer.Option("--prompt", metavar="TEXT", help="What to ask; repeatable.")
     ] = None,
-    file: Annotated[
-        str | None,
-        typer.Option(
-            "--prompts",
-            metavar="FILE",
-            help="One prompt a line, or JSON Lines with 'prompt' or 'messages'; - is standard input.",
-        ),
-    ] = None,
+    file: PromptFile = None,
     system: Annotated[
         str | None, typer.Option("--system", metavar="TEXT", help="System message of every prompt that has none.")
     ] = None,
