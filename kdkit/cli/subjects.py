@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -44,6 +45,14 @@ def find_subjects(values: Sequence[str]) -> list[Subject]:
         ModelError: No such model, or it is not complete.
         EnvironmentUnmet: It has to be fetched first and cannot be.
     """
+    try:
+        return _find(values)
+    except OSError as error:  # such as a name that is too long, or a directory that may not be entered
+        written = str(error.filename or ", ".join(values))
+        raise ModelError(f"cannot be read: {error.strerror}", where=textwrap.shorten(written, 200)) from error
+
+
+def _find(values: Sequence[str]) -> list[Subject]:
     named = [_split(value) for value in values]
     repeated = [label for label, count in Counter(label for label, _ in named).items() if count > 1]
     if repeated:

