@@ -157,7 +157,7 @@ def answers(
             yield Answer(said.text, len(said.token_ids), len(prompt), seconds, said.truncated)
     finally:
         del loaded
-        # Modules refer to themselves through hooks, so their memory would wait for the collector.
+        # What is left of decoding refers to the model, so its memory would wait for the collector.
         gc.collect()
         if device == "cuda":
             torch.cuda.empty_cache()
