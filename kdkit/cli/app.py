@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
-from typing import Annotated, Final, NoReturn
+from typing import Annotated, Final, Literal, NoReturn
 
 import typer
 
@@ -52,6 +53,22 @@ Force = Annotated[
 ]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Throw checkpoints away instead of resuming.")]
 Run = Annotated[str, typer.Argument(metavar="RUN", help="Run directory, RECIPE/TIME, or a recipe's name: its latest.")]
+Models = Annotated[
+    list[str],
+    typer.Option(
+        "--model",
+        metavar="[NAME=]MODEL",
+        help="Directory, stages/NAME of a run, Hub id or known name; repeatable. NAME is shown above its answers.",
+    ),
+]
+PromptFile = Annotated[
+    str | None,
+    typer.Option(
+        "--prompts",
+        metavar="FILE",
+        help="One prompt a line, or JSON Lines with 'prompt' or 'messages'; - is standard input.",
+    ),
+]
 _RUNS: Final = Path("runs")
 
 
@@ -133,6 +150,67 @@ def validate(
     from kdkit.cli.validate import validate as body
 
     raise typer.Exit(body(recipes, sets or [], variables or [], as_json))
+
+
+@app.command()
+def generate(
+    models: Models,
+    *,
+    prompts: Annotated[
+        list[str] | None, typer.Option("--prompt", metavar="TEXT", help="What to ask; repeatable.")
+    ] = None,
+    file: PromptFile = None,
+    system: Annotated[
+        str | None, typer.Option("--system", metavar="TEXT", help="System message of every prompt that has none.")
+    ] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Give prompts as they are, without the chat template.")] = False,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", metavar="N", help="Longest answer, in tokens.")
+    ] = 256,
+    temperature: Annotated[
+        float | None, typer.Option("--temperature", metavar="T", help="Sample at this temperature; default: greedy.")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option("--top-p", metavar="P", help="Sample from the most probable tokens up to P.")
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option("--top-k", metavar="K", help="Sample from the K most probable tokens.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", metavar="N", help="Of sampling; default: 17.")] = None,
+    precision: Annotated[
+        Literal["auto", "bf16", "fp32"],
+        typer.Option("--precision", help="Of the weights; auto is bf16 where that is faster."),
+    ] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Print the answers of models to the same prompts, side by side.
+
+    Text becomes a message of the user where the model has a chat template. Decoding is greedy unless --temperature,
+    --top-p or --top-k is given. One model is in memory at a time. On a terminal wide enough the answers stand in
+    columns, otherwise one below the other; a file gets plain text.
+
+    \b
+    Example:
+      kdkit generate --model base=smollm2-135m-instruct \\
+        --model kd=runs/quickstart/latest/stages/kd --prompt "Why is the sky blue?"
+    """  # noqa: D301 - click keeps the lines of a paragraph that starts with this character
+    from kdkit.cli.generate import Request
+    from kdkit.cli.generate import generate as body
+
+    request = Request(
+        models=models,
+        prompts=prompts or [],
+        file=file,
+        system=system,
+        raw=raw,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+        precision=precision,
+    )
+    raise typer.Exit(body(request, as_json=as_json))
 
 
 @app.command()
@@ -245,6 +323,9 @@ def models_prune(
 
 def main() -> NoReturn:
     """Entry point: runs a command and exits with its code. Errors that a person can cause are one line."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal or locale that is not UTF-8 gets escapes instead of an error, as stderr does anyway.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app(args=[text for text in sys.argv[1:] if text != "--debug"], prog_name="kdkit")
     except KdkitError as error:

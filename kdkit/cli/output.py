@@ -5,15 +5,20 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Final, TextIO
 
 from kdkit.api.errors import KdkitError, RecipeError
 
-__all__ = ["debugging", "emit", "emit_json", "log", "print_error", "safely", "shown", "table"]
+__all__ = ["debugging", "emit", "emit_json", "log", "print_error", "safely", "shown", "table", "visible"]
+
+# Codes that a terminal obeys (all controls but line feed and tab) and those that reorder or hide text (bidirectional
+# overrides, tag characters): a model, a dataset or a file name may contain them.
+_OBEYED: Final = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff\U000e0000-\U000e007f]")
 
 
 def safely(stream: TextIO, write: Callable[[], None]) -> None:
@@ -40,9 +45,16 @@ def shown(path: Path | str) -> str:
     return str(Path(path).relative_to(cwd)) if Path(path).is_relative_to(cwd) else str(path)
 
 
+def visible(text: str) -> str:
+    """``text`` with everything that a terminal would obey written out as an escape; lines stay lines."""
+    return _OBEYED.sub(lambda found: ascii(found[0])[1:-1], text.replace("\r\n", "\n"))
+
+
 def emit_json(data: Any) -> None:
     """A result as JSON on stdout."""
-    emit(json.dumps(data, indent=2, ensure_ascii=False))
+    # JSON escapes the older half of the control codes itself; the rest can only stand inside strings.
+    text = json.dumps(data, indent=2, ensure_ascii=False)
+    emit(_OBEYED.sub(lambda found: json.dumps(found[0])[1:-1], text))
 
 
 def log(text: str) -> None:
@@ -63,7 +75,7 @@ def print_error(error: KdkitError) -> None:
         log(redact("".join(traceback.format_exception(error)).rstrip()))
     # Problems of a recipe start with their place, so that editors and grep find it.
     located = isinstance(error, RecipeError) and bool(error.problems)
-    log(redact(str(error) if located else f"error: {error}"))
+    log(visible(redact(str(error) if located else f"error: {error}")))
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from time import monotonic
 from types import TracebackType
@@ -14,6 +15,8 @@ from kdkit.engine.events import Event
 __all__ = ["PlainView", "View", "make_view"]
 
 _PLAIN_SECONDS: Final = 5.0
+_NO_CURSOR: Final = frozenset({"dumb", "unknown"})
+"""Terminal types on which rich draws no progress at all."""
 
 
 class View(Protocol):
@@ -30,9 +33,9 @@ class View(Protocol):
 
 
 def make_view(stages: Sequence[str], stream: TextIO) -> View:
-    """The view that fits ``stream``."""
+    """The view that fits ``stream``; a terminal that cannot move its cursor gets plain lines, too."""
     width = max(map(len, stages), default=0)
-    if not stream.isatty():
+    if not stream.isatty() or os.environ.get("TERM", "").lower() in _NO_CURSOR:
         return PlainView(width, stream)
     from kdkit.cli.live import LiveView
 

@@ -177,6 +177,7 @@ COMMANDS = [
     ["runs", "diff"],
     ["models", "pull"],
     ["models", "prune"],
+    ["generate"],
 ]
 
 
