@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from kdkit.report.figures import amount
+from kdkit.report.html.text import typeset
 
 __all__ = ["Axis"]
 
@@ -48,11 +49,11 @@ class Axis:
     def label(self, tick: float) -> str:
         """``tick`` with as many decimals as the distance of the ticks asks for."""
         step = self.ticks[1] - self.ticks[0]
-        if abs(self.ticks[-1]) >= 10_000 or abs(self.ticks[0]) >= 10_000:
-            return amount(tick)
-        if 0 < step < 1e-4:
-            return f"{tick:.0e}"
-        return f"{tick + 0.0:,.{max(-math.floor(math.log10(step) + 1e-9), 0)}f}"
+        if max(abs(self.ticks[0]), abs(self.ticks[-1])) >= 10_000:
+            return typeset(amount(tick))
+        if step < 1e-4:
+            return typeset(f"{tick:.0e}")
+        return typeset(f"{tick + 0.0:,.{max(-math.floor(math.log10(step) + 1e-9), 0)}f}")
 
 
 def _step(low: float, high: float, most: int) -> float:

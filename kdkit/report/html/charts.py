@@ -126,12 +126,21 @@ def line_chart(name: str, lines: Sequence[Line], across: str, up: str) -> Markup
         _line(svg, x(tick), 180, x(tick), 184, "axis")
         _text(svg, x(tick), 198, x.label(tick), anchor="middle", kind="tick")
     _text(svg, (x.start + x.end) / 2, 217, across, anchor="middle", kind="tick")
-    ends = [next((v for _, v in reversed(line.points) if v is not None), values[0]) for line in lines]
-    for line, label_y in zip(lines, _apart([y(end) for end in ends], 14, 184), strict=True):
-        group = Xml.SubElement(svg, "g", {"class": _series(line.series)})
-        _curve(group, x, y, line)
-        _text(group, x.end + 8, label_y + 4, line.label, room=right - 10, kind="end")
+    for line in lines:
+        _curve(Xml.SubElement(svg, "g", {"class": _series(line.series)}), x, y, line)
+    _end_labels(svg, y, lines, x.end + 8, right - 10)
     return _markup(svg)
+
+
+def _end_labels(svg: Xml.Element, y: Axis, lines: Sequence[Line], left: float, room: float) -> None:
+    """One label per series, beside the end of its first curve."""
+    ends: dict[int, tuple[str, float]] = {}
+    for line in lines:
+        last = next((value for _, value in reversed(line.points) if value is not None), y.ticks[0])
+        ends.setdefault(line.series, (line.label, y(last)))
+    tops = _apart([top for _, top in ends.values()], 14, 184)
+    for (series, (label, _)), top in zip(ends.items(), tops, strict=True):
+        _text(Xml.SubElement(svg, "g", {"class": _series(series)}), left, top + 4, label, room=room, kind="end")
 
 
 def _curve(group: Xml.Element, x: Axis, y: Axis, line: Line) -> None:

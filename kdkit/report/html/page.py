@@ -27,7 +27,7 @@ from kdkit.report.html.tables import (
     share_grid,
     sizes_grid,
 )
-from kdkit.report.html.text import clean
+from kdkit.report.html.text import clean, typeset
 from kdkit.report.html.training import read_history
 
 __all__ = ["render_html"]
@@ -55,7 +55,7 @@ def render_html(report: Mapping[str, Any], scores: Sequence[Path] = ()) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["number"] = number
+    environment.filters |= {"number": number, "typeset": typeset}
     policy = (
         f"default-src 'none'; style-src '{_digest(style)}'; script-src '{_digest(script)}'; img-src data:; "
         "base-uri 'none'; form-action 'none'"

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from kdkit.report.figures import MISSING, measured
 from kdkit.report.html.charts import Bar, Dot, Line, bar_chart, dot_chart, line_chart
 from kdkit.report.html.tables import Cell, Column, Grid
-from kdkit.report.html.text import shorten
+from kdkit.report.html.text import shorten, typeset
 from kdkit.report.html.training import Curve, History, Stage
 
 __all__ = ["Figure", "category_figures", "loss_figures", "score_figures"]
@@ -49,7 +49,7 @@ def score_figures(report: Report, chosen: Sequence[Column]) -> Iterator[Figure]:
             if name != "reference"
         ]
         dots = [
-            Dot(name, measured(entry["value"], entry["ci95"]), entry["value"], _bounds(entry), index)
+            Dot(name, typeset(measured(entry["value"], entry["ci95"])), entry["value"], _bounds(entry), index)
             for name, entry, index in entries
             if entry and entry["value"] is not None
         ]
@@ -113,7 +113,7 @@ def loss_figures(history: History) -> Iterator[Figure]:
     for stage in history.stages.values():
         lines = [_line(curve, stage) for curve in stage.curves if any(y is not None for _, y in curve.points)]
         if lines:
-            told = "; ".join(f"{line.label} {_path(line)}" for line in lines)
+            told = "; ".join(f"{line.label}{' held out' * line.held_out} {_path(line)}" for line in lines)
             svg = line_chart(f"Losses of stage {stage.name}: {told}", lines, "optimiser step", "loss per token (nats)")
             models = [name for name, key in history.made_by.items() if key == stage.key]
             facts = f"{stage.kind}, gives {', '.join(models)}" if models else stage.kind
@@ -121,12 +121,9 @@ def loss_figures(history: History) -> Iterator[Figure]:
 
 
 def _line(curve: Curve, stage: Stage) -> Line:
-    # One colour per loss, so that its training and held-out curves belong together.
+    # One colour and one label per loss, so that its training and held-out curves belong together.
     names = list(dict.fromkeys(known.name for known in stage.curves))
-    several = len(names) > 1
-    label = ("total" if several else "training") if curve.name == "loss" else curve.name
-    if curve.held_out:
-        label = f"{label}, held out" if several else "held out"
+    label = {"loss": "total" if len(names) > 1 else "loss"}.get(curve.name, curve.name)
     return Line(label, curve.points, names.index(curve.name), curve.held_out)
 
 

@@ -138,7 +138,8 @@ def scores_grid(report: Report, chosen: Sequence[Column]) -> Grid:
         if any(column.key in entry["metrics"] for column in chosen)
     )
     total = report["datasets"].get(chosen[0].dataset, {}).get("n")
-    return Grid(f"{chosen[0].dataset}, {total:,} examples" if total else chosen[0].dataset, header, rows, foot)
+    title = f"{chosen[0].dataset}, {_counted(total, 'example')}" if total else chosen[0].dataset
+    return Grid(title, header, rows, foot)
 
 
 def _model_cell(report: Report, name: str) -> Cell:
@@ -194,16 +195,25 @@ def pair_grids(report: Report) -> Iterator[Grid]:
 
 def _pair_cells(row: Mapping[str, Any], column: Column) -> tuple[Cell, ...]:
     ci95, verdict = row["ci95"], views.verdict(row, higher_is_better=column.higher_is_better)
-    bounds = f"{number(ci95[0], sign=True)} to {number(ci95[1], sign=True)}" if ci95 else MISSING
     return (
-        Cell(f"{row['a']} - {row['b']}"),
+        Cell(f"{row['a']} − {row['b']}"),
         Cell(measured(row["difference"], ci95, sign=True), sort=row["difference"]),
-        Cell(bounds, sort=ci95[0] if ci95 else None),
+        Cell(_bounds(row), sort=ci95[0] if ci95 else None),
         Cell(p_value(row["p"]), sort=row["p"]),
         Cell(p_value(row["p_holm"]), sort=row["p_holm"]),
         Cell(f"{row['n']:,}", sort=row["n"]),
         Cell(verdict),
     )
+
+
+def _bounds(row: Mapping[str, Any]) -> str:
+    """Both ends of a difference's interval, rounded as the difference is."""
+    if row["ci95"] is None:
+        return MISSING
+    low, high = row["ci95"]
+    arm = max(high - row["difference"], row["difference"] - low)
+    texts = (measured(end, (end - arm, end + arm), sign=True).partition(" ")[0] for end in (low, high))
+    return " to ".join(texts)
 
 
 def share_grid(report: Report, entries: Sequence[Mapping[str, Any]], title: str) -> Grid | None:
@@ -228,7 +238,7 @@ def sizes_grid(report: Report, history: History) -> Grid:
     """Size, training and speed of every model."""
     models = report["models"]
     shown = [key for key in _SPEEDS if any(model["speed"].get(key) is not None for model in models.values())]
-    header = [Cell("model"), Cell("parameters"), Cell("on disk"), Cell("trained", "tokens"), Cell("training", "time")]
+    header = [Cell("model"), Cell("parameters"), Cell("on disk"), Cell("trained tokens"), Cell("training time")]
     header += [Cell(_SPEEDS[key][0]) for key in shown] + [Cell("comes from")]
     rows = []
     for name, model in models.items():
@@ -270,5 +280,8 @@ def sentence(report: Report) -> str:
     models, datasets = len(report["models"]), report["datasets"]
     n = sum(facts["n"] for facts in datasets.values())
     where = next(iter(datasets)) if len(datasets) == 1 else f"{len(datasets)} datasets"
-    plural = "" if models == 1 else "s"
-    return f"{models} model{plural} on {where}: {n:,} examples, seed {report['seed']}"
+    return f"{_counted(models, 'model')} on {where}: {_counted(n, 'example')}, seed {report['seed']}"
+
+
+def _counted(n: int, what: str) -> str:
+    return f"{n:,} {what}" + ("" if n == 1 else "s")

@@ -6,7 +6,9 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
-__all__ = ["Clipped", "clean", "clip", "shorten"]
+from kdkit.report.figures import MISSING
+
+__all__ = ["Clipped", "clean", "clip", "shorten", "typeset"]
 
 # Line feeds and tabs stay. What reorders text beyond its own element (bidirectional overrides) or cannot be encoded
 # (surrogates) is written out.
@@ -48,3 +50,8 @@ def shorten(text: str, characters: int) -> str:
     line = " ".join(text[: 4 * characters].split())
     cut = len(line) > characters or len(text) > 4 * characters
     return f"{line[: characters - 1]}…" if cut else line
+
+
+def typeset(number: str) -> str:
+    """A number's text with a real minus sign, and a dash where there is no number."""
+    return "–" if number == MISSING else number.replace("-", "−")
