@@ -64,6 +64,14 @@ def test_a_dot_stands_at_its_value_between_the_ends_of_its_interval() -> None:
     assert marker[0].get("d") != marker[1].get("d"), "colour is not the only difference"
 
 
+def test_ticks_leave_room_for_their_labels() -> None:
+    for high in (84.6, 25_000, 3e-6, 0.123, 7.0):
+        svg = Xml.fromstring(dot_chart("chart", [Dot("name " * 9, "1,234 ±567", high, (high / 9, high), 0)], ""))
+        ticks = [(float(e.get("x")), len(e.text)) for e in svg.iter("text") if e.get("class") == "tick"]
+        assert len(ticks) >= 2
+        assert all(b[0] - a[0] >= 6.4 * max(a[1], b[1]) for a, b in pairwise(ticks)), high
+
+
 def test_bars_begin_at_zero_and_may_be_negative() -> None:
     bars = [Bar("g", "up", 10.0, None, 0), Bar("g", "down", -5.0, None, 1)]
     up, down = list(Xml.fromstring(bar_chart("chart", bars, "")).iter("rect"))
@@ -207,6 +215,20 @@ def test_best_and_worst_go_by_the_metric(ranked, higher) -> None:
         (n, 39.0 if higher else 0.0) for n in ("base", "kd", "teacher")
     ]
     assert (first.reference.text, first.more_references) == ("text", 1)
+
+
+def test_openings_begin_where_prompts_differ(ranked) -> None:
+    directory = ranked()
+    for file in (directory / "predictions").iterdir():
+        text = file.read_text().replace('"prompt": "text', '"prompt": "<system>Be brief.</system>\\nQuest: text')
+        file.write_text(text)
+    openings = [sample.opening for sample in samples_of(directory)[0].samples]
+    assert openings[0] == "…39?"
+    assert len(set(openings)) == 16
+    # A single prompt has nothing in common with others.
+    for file in (directory / "predictions").iterdir():
+        file.write_text(file.read_text().splitlines()[0] + "\n")
+    assert samples_of(directory)[0].samples[0].opening == "<system>Be brief.</system> Quest: text Question 0?"
 
 
 def test_the_draw_does_not_depend_on_the_order_of_the_rows(ranked) -> None:

@@ -79,7 +79,7 @@ def dot_chart(name: str, dots: Sequence[Dot], unit: str) -> Markup:
     right = min(max(_width(dot.text) for dot in dots), 96.0) + 10
     height, row = 22 * len(dots) + 8, 22
     svg = _canvas(name, height + 34)
-    axis = Axis.over(_covered(dots), left, _WIDTH - right, most=5)
+    axis = _across(_covered(dots), left, _WIDTH - right)
     _vertical_grid(svg, axis, height, unit)
     for index, dot in enumerate(dots):
         y = row * index + row / 2 + 4
@@ -99,7 +99,7 @@ def bar_chart(name: str, bars: Sequence[Bar], unit: str) -> Markup:
         groups.setdefault(bar.group, []).append(bar)
     height = sum(26 + 11 * len(of) for of in groups.values())
     svg = _canvas(name, height + 34)
-    axis = Axis.over(_covered(bars), 8, _WIDTH - 12, zero=True)
+    axis = _across(_covered(bars), 8, _WIDTH - 12, zero=True)
     _vertical_grid(svg, axis, height, unit)
     top = 0.0
     for title, of in groups.items():
@@ -116,7 +116,7 @@ def line_chart(name: str, lines: Sequence[Line], across: str, up: str) -> Markup
     steps = [x for line in lines for x, _ in line.points]
     values = [y for line in lines for _, y in line.points if y is not None] or [0.0]
     svg = _canvas(name, 226)
-    x = Axis.over(steps, 40, _WIDTH - right, most=5, zero=True)
+    x = _across(steps, 40, _WIDTH - right, zero=True)
     y = Axis.over(values, 180, 22, most=6)
     _text(svg, 0, 11, up, kind="tick")
     for tick in y.ticks:
@@ -170,6 +170,15 @@ def _apart(positions: Sequence[float], low: float, high: float) -> list[float]:
     for index in reversed(order):
         placed[index] = after = min(placed[index], after - _GAP)
     return placed
+
+
+def _across(values: Sequence[float], start: float, end: float, *, zero: bool = False) -> Axis:
+    """A horizontal axis with as many ticks as its labels leave room for."""
+    for most in (6, 5, 4, 3):
+        axis = Axis.over(values, start, end, zero=zero, most=most)
+        if max(_width(axis.label(tick)) for tick in axis.ticks) + 8 <= axis(axis.ticks[1]) - axis(axis.ticks[0]):
+            break
+    return axis
 
 
 def _covered(marks: Iterable[Dot | Bar]) -> list[float]:

@@ -82,6 +82,7 @@ def _content(report: Mapping[str, Any], scores: Sequence[Path]) -> dict[str, Any
         "pairs": list(pair_grids(report)),
         "categories": _categories(report, by_dataset),
         "losses": list(loss_figures(history)),
+        "held_out": any(curve.held_out for stage in history.stages.values() for curve in stage.curves),
         "samples": read_samples(scores, report),
         "sizes": sizes_grid(report, history),
         "answers": plain_grid(views.answers_table(report)),

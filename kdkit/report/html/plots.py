@@ -116,7 +116,7 @@ def loss_figures(history: History) -> Iterator[Figure]:
             told = "; ".join(f"{line.label}{' held out' * line.held_out} {_path(line)}" for line in lines)
             svg = line_chart(f"Losses of stage {stage.name}: {told}", lines, "optimiser step", "loss per token (nats)")
             models = [name for name, key in history.made_by.items() if key == stage.key]
-            facts = f"{stage.kind}, gives {', '.join(models)}" if models else stage.kind
+            facts = f"{stage.kind} stage" + (f", model {', '.join(models)}" if models else "")
             yield Figure(stage.name, facts, svg)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,7 +105,8 @@ class _Reader:
             return None
         groups = self._pick(ids)
         rows = {name: _rows_of(file, groups) for name, file in self.files.items()}
-        samples = [self._sample(group, example, rows) for example, group in groups.items()]
+        shared = _shared([str(row["prompt"]) for row in rows[self.model].values()])
+        samples = [self._sample(group, example, rows, shared) for example, group in groups.items()]
         ranked = self.metric if self.by_id[self.model] else ""
         return SampleSet(self.dataset, ranked, self.model, len(ids), tuple(samples))
 
@@ -121,14 +123,16 @@ class _Reader:
         others = [example for example in drawn if example not in picked]
         return picked | dict.fromkeys(others[: _EACH["random"]], "random")
 
-    def _sample(self, group: str, example: str, rows: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Sample:
+    def _sample(
+        self, group: str, example: str, rows: Mapping[str, Mapping[str, Mapping[str, Any]]], shared: int
+    ) -> Sample:
         first = rows[self.model][example]
         references = [str(text) for text in first.get("references") or ()]
         return Sample(
             group=group,
             id=shorten(example, _ID),
             category=shorten(str(first.get("category") or ""), _ID),
-            opening=shorten(str(first["prompt"]), 160),
+            opening=("…" if shared else "") + shorten(str(first["prompt"])[shared:], 160),
             prompt=clip(str(first["prompt"]), self.characters),
             reference=clip(references[0] if references else "", self.characters),
             more_references=max(len(references) - 1, 0),
@@ -139,6 +143,17 @@ class _Reader:
         row = rows[example]
         text = clip(str(row["text"]), self.characters)
         return Answer(model, text, self.by_id[model].get(example), bool(row.get("truncated")))
+
+
+def _shared(prompts: Sequence[str]) -> int:
+    """How many characters all prompts begin with: the template and the system prompt, which tell none apart."""
+    if len(prompts) < 2:
+        return 0
+    first, last = min(prompts), max(prompts)
+    differ = (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
+    common = first[: next(differ, min(len(first), len(last)))]
+    # Not into a word that begins alike.
+    return len(common) - len(re.split(r"[\s>]", common)[-1])
 
 
 def _metric(scores: MergedScores, dataset: str, models: Mapping[str, Path]) -> str:
