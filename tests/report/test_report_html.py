@@ -93,7 +93,9 @@ def test_every_part_is_there(made) -> None:
         assert wanted in words, wanted
     labels = [attributes["aria-label"] for attributes in page.attributes("svg")]
     assert len(labels) == 4 + 1 + 2
-    assert any(label.startswith("rouge-l by model, 0-100, higher is better: base ") for label in labels)
+    rouge = next(label for label in labels if label.startswith("rouge-l by model, 0-100, higher is better: base "))
+    assert "majority 3.10 ±0.50" in rouge
+    assert "reference" not in rouge, "it would push all others to one side"
     assert any(
         re.match(r"Losses of stage kd: total from 4\.\d+ at step 10 to .* at step 600; ", label) for label in labels
     )
@@ -112,7 +114,20 @@ def test_marks_and_verdicts_agree_with_the_report(made) -> None:
     assert "▼ worse" not in words
     # The same against the teacher: all others are worse.
     turned = collect([directory], recipe="demo", seed=17, reference="teacher")
-    assert "▼ worse than teacher" in Page(render_html(turned, [directory])).words()
+    words = Page(render_html(turned)).words()
+    clear = [row for row in turned["pairs"] if "teacher" in (row["a"], row["b"]) and row["p_holm"] <= 0.05]
+    assert {row["a"] for row in clear} > {"teacher"}
+    assert words.count("▼ worse than teacher") == len(clear)
+    assert "▲" not in words
+
+
+def test_marks_are_corrected_and_verdicts_say_so(made) -> None:
+    report, _ = made()
+    for row in report["pairs"]:
+        row |= {"p": 0.02, "p_holm": 0.2}
+    words = Page(render_html(report)).words()
+    assert "better, not after correction" in words
+    assert "▲" not in words
 
 
 def test_intervals_are_rounded_as_their_difference(made) -> None:
@@ -214,14 +229,16 @@ def test_one_model_one_metric_one_example(write) -> None:
 def test_without_intervals_and_values(write) -> None:
     nothing = {**metric([]), "value": None, "n": 0}
     entries = {
-        "a": model({"data": {"m": metric([1.0, 1.0]), "none": nothing}}, speed={}),
-        "b": model({"data": {"m": metric([1.0, 1.0]), "none": nothing}}, speed={}, parameters=None, bytes=None),
+        "a": model({"data": {"m": metric([-1.0, -1.0]), "none": nothing}}, speed={}),
+        "b": model({"data": {"m": metric([-1.0, -1.0]), "none": nothing}}, speed={}, parameters=None, bytes=None),
     }
     report = collect([write(entries)], recipe="flat", seed=1)
     page = Page(render_html(report))
     assert "±" not in page.words().replace("± is the longer arm", "")
     assert len(page.attributes("svg")) == 1, "a metric without a value has no chart"
     assert "–" in page.words()
+    assert "−1.00" in page.words()
+    assert "-1.00" not in page.words()
 
 
 def test_several_datasets_have_their_own_tables(made) -> None:

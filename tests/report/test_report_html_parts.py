@@ -86,8 +86,9 @@ def test_a_loss_that_was_not_finite_interrupts_its_curve() -> None:
     assert (path.count("M"), path.count("L")) == (2, 1)
 
 
-def test_labels_of_curves_that_end_together_stand_apart() -> None:
-    lines = [Line(f"loss {i}", ((0, 5.0), (10, 2.0)), i) for i in range(5)]
+@pytest.mark.parametrize(("end", "other"), [(1.0, 5.0), (5.0, 1.0), (3.0, 5.0)])
+def test_labels_of_curves_that_end_together_stand_apart(end, other) -> None:
+    lines = [Line(f"loss {i}", ((0, other), (10, end)), i) for i in range(5)]
     svg = Xml.fromstring(line_chart("chart", lines, "step", "loss"))
     tops = sorted(float(element.get("y")) for element in svg.iter("text") if element.get("class") == "end")
     assert len(tops) == 5
@@ -97,12 +98,12 @@ def test_labels_of_curves_that_end_together_stand_apart() -> None:
 
 
 def test_a_label_that_is_too_long_ends_in_an_ellipsis_and_keeps_its_tip() -> None:
-    name = "a very long name <of> a model, " * 9
+    name = "a \x06very long name <of> a model, " * 9
     svg = Xml.fromstring(dot_chart("chart", [Dot(name, "1", 1.0, None, 0)], ""))
     label = next(element for element in svg.iter("text") if element.get("class") == "label")
     assert label.text.endswith("…")
     assert len(label.text) < 25
-    assert next(svg.iter("title")).text.startswith("a very long name <of>")
+    assert next(svg.iter("title")).text.startswith("a ␆very long name <of>")
 
 
 def test_clean_keeps_text_and_shows_the_rest() -> None:
@@ -221,14 +222,17 @@ def test_openings_begin_where_prompts_differ(ranked) -> None:
     directory = ranked()
     for file in (directory / "predictions").iterdir():
         text = file.read_text().replace('"prompt": "text', '"prompt": "<system>Be brief.</system>\\nQuest: text')
-        file.write_text(text)
+        file.write_text(text.replace('?", "text"', '?<end>\\n<answer>", "text"'))
     openings = [sample.opening for sample in samples_of(directory)[0].samples]
     assert openings[0] == "…39?"
     assert len(set(openings)) == 16
     # A single prompt has nothing in common with others.
     for file in (directory / "predictions").iterdir():
         file.write_text(file.read_text().splitlines()[0] + "\n")
-    assert samples_of(directory)[0].samples[0].opening == "<system>Be brief.</system> Quest: text Question 0?"
+    assert (
+        samples_of(directory)[0].samples[0].opening
+        == "<system>Be brief.</system> Quest: text Question 0?<end> <answer>"
+    )
 
 
 def test_the_draw_does_not_depend_on_the_order_of_the_rows(ranked) -> None:

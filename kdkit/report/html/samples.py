@@ -105,7 +105,8 @@ class _Reader:
             return None
         groups = self._pick(ids)
         rows = {name: _rows_of(file, groups) for name, file in self.files.items()}
-        shared = _shared([str(row["prompt"]) for row in rows[self.model].values()])
+        prompts = [str(row["prompt"]) for row in rows[self.model].values()]
+        shared = _shared(prompts, ">"), _shared([prompt[::-1] for prompt in prompts], "<")
         samples = [self._sample(group, example, rows, shared) for example, group in groups.items()]
         ranked = self.metric if self.by_id[self.model] else ""
         return SampleSet(self.dataset, ranked, self.model, len(ids), tuple(samples))
@@ -124,7 +125,7 @@ class _Reader:
         return picked | dict.fromkeys(others[: _EACH["random"]], "random")
 
     def _sample(
-        self, group: str, example: str, rows: Mapping[str, Mapping[str, Mapping[str, Any]]], shared: int
+        self, group: str, example: str, rows: Mapping[str, Mapping[str, Mapping[str, Any]]], shared: tuple[int, int]
     ) -> Sample:
         first = rows[self.model][example]
         references = [str(text) for text in first.get("references") or ()]
@@ -132,7 +133,7 @@ class _Reader:
             group=group,
             id=shorten(example, _ID),
             category=shorten(str(first.get("category") or ""), _ID),
-            opening=("…" if shared else "") + shorten(str(first["prompt"])[shared:], 160),
+            opening=_opening(str(first["prompt"]), *shared),
             prompt=clip(str(first["prompt"]), self.characters),
             reference=clip(references[0] if references else "", self.characters),
             more_references=max(len(references) - 1, 0),
@@ -145,15 +146,23 @@ class _Reader:
         return Answer(model, text, self.by_id[model].get(example), bool(row.get("truncated")))
 
 
-def _shared(prompts: Sequence[str]) -> int:
-    """How many characters all prompts begin with: the template and the system prompt, which tell none apart."""
+def _shared(prompts: Sequence[str], bracket: str) -> int:
+    """How many characters all prompts begin with: templates and system prompts, which tell none apart.
+
+    It ends after white space or ``bracket``, so as not to cut into a word that begins alike.
+    """
     if len(prompts) < 2:
         return 0
     first, last = min(prompts), max(prompts)
     differ = (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
     common = first[: next(differ, min(len(first), len(last)))]
-    # Not into a word that begins alike.
-    return len(common) - len(re.split(r"[\s>]", common)[-1])
+    return len(common) - len(re.split(rf"[\s{bracket}]", common)[-1])
+
+
+def _opening(prompt: str, before: int, after: int) -> str:
+    """One line of what is the prompt's own."""
+    own = prompt[before : max(len(prompt) - after, before)].strip()
+    return ("…" if before else "") + shorten(own, 160)
 
 
 def _metric(scores: MergedScores, dataset: str, models: Mapping[str, Path]) -> str:
