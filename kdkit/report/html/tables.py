@@ -235,11 +235,11 @@ def _share_cell(entry: Mapping[str, Any] | None) -> Cell:
 
 
 def sizes_grid(report: Report, history: History) -> Grid:
-    """Size, training and speed of every model."""
+    """Origin, size, training and speed of every model."""
     models = report["models"]
     shown = [key for key in _SPEEDS if any(model["speed"].get(key) is not None for model in models.values())]
     header = [Cell("model"), Cell("parameters"), Cell("on disk"), Cell("trained tokens"), Cell("training time")]
-    header += [Cell(_SPEEDS[key][0]) for key in shown] + [Cell("comes from")]
+    header += [Cell(_SPEEDS[key][0]) for key in shown]
     rows = []
     for name, model in models.items():
         stage = history.stages.get(history.made_by.get(name, ""))
@@ -250,8 +250,8 @@ def sizes_grid(report: Report, history: History) -> Grid:
         facts += [Cell(_duration(seconds), sort=seconds)]
         facts += [Cell(_SPEEDS[key][1](model["speed"].get(key)), sort=model["speed"].get(key)) for key in shown]
         source = f"stage {stage.name} ({stage.kind})" if stage else model["path"]
-        rows.append((Cell(name), *facts, Cell(source)))
-    return Grid("Sizes and speeds", tuple(header), tuple(rows), text=(0, len(header) - 1))
+        rows.append((Cell(name, source, "quiet"), *facts))
+    return Grid("Sizes and speeds", tuple(header), tuple(rows))
 
 
 def _duration(seconds: float | None) -> str:
