@@ -71,7 +71,7 @@ class Scores(Artifact):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReportFiles(Artifact):
-    """A directory with ``report.json`` and ``report.md``."""
+    """A directory with ``report.json``, ``report.md`` and ``report.html``."""
 
     type_name: ClassVar[str] = "report"
 

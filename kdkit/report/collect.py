@@ -72,14 +72,22 @@ def collect(
     }
 
 
-def write_report(report: Mapping[str, Any], directory: Path) -> None:
-    """Write ``report.json`` and ``report.md`` into ``directory``, which is created."""
+def write_report(report: Mapping[str, Any], directory: Path, scores: Sequence[Path] = ()) -> None:
+    """Write ``report.json``, ``report.md`` and ``report.html`` into ``directory``, which is created.
+
+    Args:
+        report: What :func:`collect` made.
+        directory: Where the files go.
+        scores: The directories it was made from, for the samples and loss curves of the HTML page.
+    """
+    from kdkit.report.html import render_html
     from kdkit.report.markdown import render_markdown
 
     directory.mkdir(parents=True, exist_ok=True)
     text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False)
     (directory / "report.json").write_text(text + "\n", encoding="utf-8")
     (directory / "report.md").write_text(render_markdown(report), encoding="utf-8")
+    (directory / "report.html").write_text(render_html(report, scores), encoding="utf-8")
 
 
 def _roles(scores: MergedScores, teacher: str | None, baseline: str | None, reference: str | None) -> Roles:

@@ -16,13 +16,14 @@ __all__ = ["run"]
 
 
 def run(params: ReportParams, ctx: StageContext) -> StageOutputs:
-    """Write ``report/report.json`` and ``report/report.md``.
+    """Write ``report/report.json``, ``report/report.md`` and ``report/report.html``.
 
     Raises:
         DataError: Scores are malformed or contradict each other, or a role names no evaluated model.
     """
+    scores = [ctx.resolve(ref).path for ref in params.scores]
     report = collect(
-        [ctx.resolve(scores).path for scores in params.scores],
+        scores,
         recipe=ctx.recipe,
         seed=ctx.seed,
         bootstrap_seed=ctx.seed_for("report"),
@@ -31,7 +32,7 @@ def run(params: ReportParams, ctx: StageContext) -> StageOutputs:
         reference=params.reference,
     )
     out = ctx.out / "report"
-    write_report(report, out)
+    write_report(report, out, scores)
     for note in report["notes"]:
         ctx.log(note)
     return {"report": ReportFiles(path=out, info={"models": list(report["models"])})}
