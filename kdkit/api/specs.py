@@ -127,7 +127,7 @@ class MetricSpec(Spec[P]):
     """A metric.
 
     Attributes:
-        higher_is_better: Direction, for reports and best checkpoints; None where neither is better (``length``).
+        higher_is_better: Direction, for reports and best checkpoints; None where neither end is better.
         needs: ``completion`` (generated answers), ``nll`` and ``teacher-kl`` (teacher-forced passes), ``verdict``
             (answers judged by a reward), ``exposure`` (traces on the model's own and on the teacher's answers).
         key: The metric's key in reports, where it depends on the parameters (``pass-at-1``); the name otherwise.

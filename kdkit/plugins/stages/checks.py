@@ -87,6 +87,13 @@ def _metric_problems(params: EvaluateParams) -> Iterator[Problem]:
             yield where, f"'{metric.name}' needs 'teacher' in this stage"
         if "verdict" in needs and params.judge is None:
             yield where, f"'{metric.name}' needs 'judge' in this stage: the reward that says whether an answer passes"
+        # pass@k is undefined for fewer answers; that would show only after all of them were made.
+        k = getattr(metric.params, "k", 1) if "verdict" in needs else 1
+        if isinstance(k, int) and k > params.num_samples:
+            yield (
+                ("metrics", index, "k"),
+                f"k = {k} needs num_samples of {k} or more, this stage has {params.num_samples}",
+            )
         key = metric_key(metric)
         if not NAME.fullmatch(key):
             yield where, f"'{metric.name}' gives itself the key '{key}', which is not kebab-case"

@@ -170,12 +170,16 @@ class _Evaluation:
 
     def _write(self) -> None:
         models: dict[str, Any] = {name: {**self.facts[name], "results": {}, "counts": {}} for name in self.models}
-        for (model, dataset), answered in self.answered.items():
-            rows = self.data[dataset]
-            predictions = answered.predictions(rows)
-            self.results.write(model, dataset, predictions)
-            models[model]["results"][dataset] = self.results.score(predictions)
-            models[model]["counts"][dataset] = answered.counts(len(rows))
+        predictions = {
+            (model, dataset): answered.predictions(self.data[dataset])
+            for (model, dataset), answered in self.answered.items()
+        }
+        # All files first: they are what is left to look at when a metric fails.
+        for (model, dataset), rows in predictions.items():
+            self.results.write(model, dataset, rows)
+        for (model, dataset), rows in predictions.items():
+            models[model]["results"][dataset] = self.results.score(rows)
+            models[model]["counts"][dataset] = self.answered[model, dataset].counts(len(self.data[dataset]))
         self.ctx.progress(self.steps, self.steps)
         baselines = self.results.baselines(self.data) if self.params.baselines else {}
         datasets = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from kdkit.api.data import RewardScore, Rollout
 from kdkit.api.errors import StageError
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PASSED", "verdicts"]
 
-PASSED = 1.0
+PASSED: Final = 1.0
 """The reward of an answer that passes all its tests."""
 
 
@@ -41,7 +41,7 @@ def verdicts(
     scores = judge(rollouts)
     if len(scores) != len(rollouts):
         raise StageError(f"{len(scores)} scores for {len(rollouts)} answers", where=f"judge {name}")
-    unjudged = Counter(score.status for score in scores if _verdict(score) is None)
+    unjudged = Counter[str](score.status for score in scores if _verdict(score) is None)
     return [_verdict(score) for score in scores], unjudged
 
 
