@@ -23,8 +23,8 @@ def _lines(report: Mapping[str, Any]) -> Iterator[str]:
     for scores in views.scores_tables(report):
         rows = tuple((*facts, *cells[1:]) for facts, cells in zip(models.rows, scores.rows, strict=True))
         yield from _table(Table(scores.title, (*models.header, *scores.header[1:]), rows))
-    for table in views.baseline_tables(report):
-        yield from _table(table)
+    for baselines in views.baseline_tables(report):
+        yield from _table(baselines)
     for line in (views.direction_line(report), views.legend(report), views.baselines_line(report)):
         if line:
             yield _plain(line)

@@ -99,7 +99,7 @@ def _metric_problems(params: EvaluateParams) -> Iterator[Problem]:
             yield where, f"'{metric.name}' gives itself the key '{key}', which is not kebab-case"
         elif key in keys:
             first = keys.index(key)
-            yield where, f"'{metric.name}' appears twice as '{key}' (first as metrics[{first}])"
+            yield where, f"'{metric.name}' appears twice as '{key}' (first as metrics.{first})"
         keys.append(key)
 
 
