@@ -235,6 +235,20 @@ def test_bootstrap_draws_examples_and_not_answers() -> None:
     assert set(draws(s, seed=0, resamples=200).tolist()) == {0.0, 0.5, 1.0}
 
 
+@pytest.mark.parametrize("what", ["difference", "retention"])
+def test_paired_intervals_cover_the_truth(what: str) -> None:
+    rng, n = np.random.default_rng(9), 150
+    covered = 0
+    for trial in range(1000):
+        hard = rng.beta(0.5, 1.5, n)
+        # The student has 80 % of the teacher's score on average, but not on every example.
+        teacher, student = sample(100 * hard), sample(100 * hard * rng.beta(2.0, 0.5, n))
+        drawn = [draws(s, seed=trial, resamples=1000) for s in (student, teacher)]
+        low, high = bounds(drawn[0] - drawn[1] if what == "difference" else ratio(*drawn))
+        covered += low <= (-5.0 if what == "difference" else 0.8) <= high
+    assert 930 <= covered <= 970
+
+
 def test_difference_interval_is_paired() -> None:
     rng = np.random.default_rng(0)
     hard = rng.normal(50, 30, size=300)

@@ -21,10 +21,10 @@ from kdkit.models.pretrained import read_config
 from kdkit.plugins.stages.decoding import Decoded, decode, prompt_ids
 from kdkit.plugins.stages.forced import Forcing
 from kdkit.plugins.stages.judging import verdicts
-from kdkit.plugins.stages.memory import PeakMemory
+from kdkit.plugins.stages.memory import PeakMemory, release_memory
 from kdkit.plugins.stages.results import Answered, Results
 from kdkit.plugins.stages.slots import DECODED, FORCED, all_needs
-from kdkit.plugins.stages.subjects import Subject, facts, load_subject, release_memory
+from kdkit.plugins.stages.subjects import Subject, facts, load_subject
 
 if TYPE_CHECKING:
     from kdkit.api import Completion, StageContext, Teacher

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
     from kdkit.api import Model, StageContext
     from kdkit.plugins.stages.plugin import EvaluateParams
 
-__all__ = ["Subject", "facts", "load_subject", "release_memory"]
+__all__ = ["Subject", "facts", "load_subject"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +51,6 @@ def facts(subject: Subject) -> dict[str, Any]:
         "bytes": _weight_bytes(subject),
         "trained_tokens": int(read_provenance(artifact.path).get("trained_tokens", 0)),
     }
-
-
-def release_memory() -> None:
-    """Return the memory of models that nobody holds any more, so that the next measurement does not see it."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _weight_bytes(subject: Subject) -> int:
