@@ -92,14 +92,6 @@ def collect(
     }
 
 
-def _all_notes(
-    scores: MergedScores, roles: Roles, columns: Sequence[Column], bootstrap: Bootstrap, notes: Notes
-) -> list[str]:
-    for column in columns:
-        note_trivial(column, bootstrap, notes)
-    return [*scores.notes, *_training_notes(scores, roles), *notes.lines()]
-
-
 def write_report(report: Mapping[str, Any], directory: Path) -> None:
     """Write ``report.json`` and ``report.md`` into ``directory``, which is created."""
     from kdkit.report.markdown import render_markdown
@@ -255,6 +247,14 @@ def _decoding(scores: MergedScores, notes: Notes) -> dict[str, dict[str, Any]]:
                 "decoding differs between models, so their generated answers do not compare", f"{key} ({dataset})"
             )
     return shared
+
+
+def _all_notes(
+    scores: MergedScores, roles: Roles, columns: Sequence[Column], bootstrap: Bootstrap, notes: Notes
+) -> list[str]:
+    for column in columns:
+        note_trivial(column, bootstrap, notes)
+    return [*scores.notes, *_training_notes(scores, roles), *notes.lines()]
 
 
 def _training_notes(scores: MergedScores, roles: Roles) -> list[str]:
