@@ -152,7 +152,7 @@ def kdkit_metrics():
         params=NoParams,
         build=lambda params: Exposed(),
         higher_is_better=False,
-        needs=frozenset({"exposure"}),
+        needs=frozenset({"completion", "exposure"}),
     )
 
 

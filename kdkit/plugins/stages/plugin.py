@@ -88,8 +88,8 @@ class EvaluateParams(Params):
     sampling: Sampling = Sampling()
     """Decoding of the answers; greedy by default."""
     num_samples: int = Field(1, ge=1)
-    """Answers to each prompt; more than one needs do_sample. Intervals resample prompts, not answers; metrics that read
-    no answer, or compare distributions, count each prompt once."""
+    """Answers to each prompt; more than one needs do_sample. Intervals resample prompts, not answers. Metrics of
+    teacher-forced measures (perplexity, teacher-kl, exposure-bias) count each prompt once."""
     rollout: Component[RolloutEngine] = Field(default={"use": "transformers"}, validate_default=True)  # type: ignore[assignment]
     """Engine that decodes."""
     max_prompt_length: int = Field(1024, ge=1)

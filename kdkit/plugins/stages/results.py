@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Answered", "Results"]
 
-_READS_ANSWERS: Final = frozenset({"completion", "verdict"})
+_PER_ROW: Final = frozenset({"nll", "teacher-kl", "exposure"})
+"""Needs that are measured once per row, whatever number of answers it has."""
 
 
 @dataclass(slots=True)
@@ -95,10 +96,10 @@ class Results:
         directory.mkdir(parents=True, exist_ok=True)
 
     def score(self, predictions: Sequence[Prediction]) -> dict[str, Any]:
-        """Metric key to result. A metric that reads no answer sees the first sample of every row only."""
+        """Metric key to result. A metric of teacher-forced measures sees the first sample of every row only."""
         rows = [prediction for prediction in predictions if prediction.sample == 0]
         return {
-            key: _result(key, pair, predictions if metric_needs(pair[0]) & _READS_ANSWERS else rows)
+            key: _result(key, pair, rows if metric_needs(pair[0]) & _PER_ROW else predictions)
             for key, pair in self._metrics.items()
         }
 
