@@ -144,7 +144,7 @@ def kdkit_metrics():
         params=Passed,
         build=lambda params: Share(),
         higher_is_better=True,
-        needs=frozenset({"verdict"}),
+        needs=frozenset({"completion", "verdict"}),
     )
     yield MetricSpec(
         name="exposed",

@@ -107,6 +107,12 @@ def test_without_answers_the_teacher_is_loaded_once_and_nothing_is_timed(stage, 
     assert found["models"]["teacher"]["results"]["jsonl"]["teacher-kl"]["value"] == pytest.approx(0, abs=1e-6)
 
 
+def test_a_model_that_does_not_answer_has_no_speed_and_no_memory(stage, tmp_path):
+    student = scores(evaluate(tmp_path, stage(metrics=[{"use": "perplexity"}])))["models"]["student"]
+    assert student["speed"] == {"generated_tokens_per_s": None, "prompts_per_s": None, "peak_memory_bytes": None}
+    assert student["results"]["jsonl"]["perplexity"]["n"] == 8
+
+
 def test_a_teacher_does_not_change_perplexity_or_answers(stage, models, tmp_path):
     metrics = [{"use": "rouge-l"}, {"use": "perplexity"}]
     alone = scores(evaluate(tmp_path, stage(metrics=metrics)))
@@ -293,6 +299,10 @@ def test_traces_belong_to_the_first_answer_and_vanish_for_the_teacher(stage, mod
         assert max(map(abs, its["traces"]["own_kl"] + its["traces"]["teacher_answer_kl"])) < 1e-6
         assert min(mine["traces"]["own_kl"] + mine["traces"]["teacher_answer_kl"]) > 1e-4
     assert scores(directory)["models"]["student"]["results"]["jsonl"]["exposed"]["n"] == 8
+    # The first answer is the same without the second one, and so is its trace.
+    once = predictions(evaluate(tmp_path, {**asked, "num_samples": 1}), "student")
+    for mine, alone in zip(student[::2], once, strict=True):
+        assert mine["traces"]["own_kl"] == pytest.approx(alone["traces"]["own_kl"], rel=1e-4)
 
 
 class WithinReach:
