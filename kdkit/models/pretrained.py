@@ -13,12 +13,19 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from kdkit.api.errors import EnvironmentUnmet, KdkitError, ModelError, StageError
 
-__all__ = ["load_errors", "quiet", "read_model", "read_tokenizer", "write_pretrained"]
+__all__ = ["load_errors", "quiet", "read_config", "read_model", "read_tokenizer", "write_pretrained"]
 
 
 def read_tokenizer(path: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -30,6 +37,12 @@ def read_tokenizer(path: Path, *, trust_remote_code: bool = False) -> PreTrained
     """
     with quiet(), load_errors(path, "tokenizer"):
         return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
+
+
+def read_config(path: Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The configuration in ``path``, without the weights. Raises like :func:`read_tokenizer`."""
+    with quiet(), load_errors(path, "configuration"):
+        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
 
 
 def read_model(path: Path, *, dtype: torch.dtype | Literal["auto"], trust_remote_code: bool = False) -> PreTrainedModel:

@@ -10,7 +10,18 @@ from pathlib import Path
 from typing import Any, Final
 
 from kdkit.api.errors import DataError
-from kdkit.report.compare import ONE_EXAMPLE, Column, Notes, Roles, gap_closed, ordered_pairs, pair_rows, retention
+from kdkit.report.categories import by_category, category_entries
+from kdkit.report.compare import (
+    ONE_EXAMPLE,
+    Column,
+    Notes,
+    Roles,
+    gap_closed,
+    note_trivial,
+    ordered_pairs,
+    pair_rows,
+    retention,
+)
 from kdkit.report.scores import MergedModel, MergedScores, MetricScores, read_scores
 from kdkit.report.statistics import Bootstrap, Sample, interval
 
@@ -50,13 +61,21 @@ def collect(
     roles = _roles(scores, teacher, baseline, reference)
     bootstrap, notes = Bootstrap(bootstrap_seed), Notes()
     models = {name: _model_entry(model) for name, model in scores.models.items()}
+    baselines: dict[str, dict[str, Any]] = {name: {"metrics": {}} for name in scores.baselines}
+    groups = {name: by_category(facts.categories, name, notes) for name, facts in scores.datasets.items()}
     columns = []
     for key, dataset, metric in _keys(scores):
         column = _column(scores, key, dataset, metric, notes)
         columns.append(column)
         for name, result in _results(scores, dataset, metric):
             sample = column.samples.get(name)
+            for reason, count in result.counts.items():
+                notes.add(reason, f"{key} of {name} ({count:,})")
             models[name]["metrics"][key] = _metric_entry(result, sample, bootstrap, f"{key} of {name}", notes)
+            if groups[dataset] and sample:
+                models[name]["categories"][key] = category_entries(sample, groups[dataset], seed=bootstrap_seed)
+        for name, sample in column.baselines.items():
+            baselines[name]["metrics"][key] = _baseline_entry(sample, bootstrap)
     pairs = ordered_pairs(list(scores.models), roles)
     return {
         "recipe": recipe,
@@ -64,11 +83,12 @@ def collect(
         "roles": {"teacher": roles.teacher, "baseline": roles.baseline, "reference": roles.reference},
         "datasets": {name: {"n": facts.n} for name, facts in scores.datasets.items()},
         "models": models,
+        "baselines": baselines,
         "pairs": [row for column in columns for row in pair_rows(column, pairs, bootstrap, notes)],
         "retention": [row for column in columns for row in retention(column, roles, bootstrap, notes)],
         "gap_closed": [row for column in columns for row in gap_closed(column, roles, bootstrap, notes)],
         "decoding": _decoding(scores, notes),
-        "notes": [*scores.notes, *_training_notes(scores, roles), *notes.lines()],
+        "notes": _all_notes(scores, roles, columns, bootstrap, notes),
     }
 
 
@@ -140,7 +160,13 @@ def _column(scores: MergedScores, key: str, dataset: str, metric: str, notes: No
             where="scores",
             hint="evaluate all models with one version of the metric",
         )
-    return Column(key, kinds.pop()[0], samples)
+    baselines = {
+        name: sample
+        for name, known in scores.baselines.items()
+        if metric in known.get(dataset, {})
+        and (sample := _sample(known[dataset][metric], f"{key} of the {name} baseline", notes))
+    }
+    return Column(key, kinds.pop()[0], samples, baselines)
 
 
 def _sample(result: MetricScores, about: str, notes: Notes) -> Sample | None:
@@ -155,15 +181,23 @@ def _sample(result: MetricScores, about: str, notes: Notes) -> Sample | None:
         notes.add(reason, about)
         return None
     sample = Sample.of(scores, result.weights, result.link, result.ids)
-    if sample.n < len(scores):
-        notes.add("examples without a token to score are left out", f"{about} ({len(scores) - sample.n})")
+    examples = len(set(result.ids)) or len(scores)
+    if sample.n < examples:
+        notes.add("examples without a token to score are left out", f"{about} ({examples - sample.n})")
     if not sample.n or not math.isfinite(sample.value):
         notes.add("the mean is undefined or too large", about)
         return None
-    if result.value is None or not math.isclose(sample.value, result.value, rel_tol=_TOLERANCE, abs_tol=1e-9):
-        notes.add("not the mean of its per-example scores, so neither interval nor comparison", about)
-        return None
+    if not _close(sample.value, result.value):
+        if examples == len(scores) or not _close(Sample.of(scores, result.weights, result.link).value, result.value):
+            notes.add("not the mean of its per-example scores, so neither interval nor comparison", about)
+            return None
+        # The metric averaged over answers; a table whose intervals resample examples averages over examples.
+        notes.add("examples have unequal numbers of answers, and each example counts the same", about)
     return sample
+
+
+def _close(found: float, stated: float | None) -> bool:
+    return stated is not None and math.isclose(found, stated, rel_tol=_TOLERANCE, abs_tol=1e-9)
 
 
 def _metric_entry(
@@ -175,12 +209,23 @@ def _metric_entry(
     elif sample and ci95 is None:
         notes.add("no interval, because every example has the same score", about)
     return {
-        "value": result.value if result.n and (sample is None or sample.n) else None,
+        "value": _value(result, sample),
         "n": sample.n if sample else result.n,
         "ci95": list(ci95) if ci95 else None,
         "higher_is_better": result.higher_is_better,
         "unit": result.unit,
     }
+
+
+def _value(result: MetricScores, sample: Sample | None) -> float | None:
+    if sample is None:
+        return result.value if result.n else None
+    return result.value if _close(sample.value, result.value) else sample.value
+
+
+def _baseline_entry(sample: Sample, bootstrap: Bootstrap) -> dict[str, Any]:
+    ci95 = interval(bootstrap(sample)) if sample.n > 1 else None
+    return {"value": sample.value, "n": sample.n, "ci95": list(ci95) if ci95 else None}
 
 
 def _model_entry(model: MergedModel) -> dict[str, Any]:
@@ -190,6 +235,7 @@ def _model_entry(model: MergedModel) -> dict[str, Any]:
         "bytes": model.bytes,
         "trained_tokens": model.trained_tokens,
         "metrics": {},
+        "categories": {},
         "speed": dict(model.speed),
         "counts": {dataset: counts.model_dump() for dataset, counts in model.counts.items()},
         "decoding": {dataset: dict(settings) for dataset, settings in model.decoding.items()},
@@ -209,6 +255,14 @@ def _decoding(scores: MergedScores, notes: Notes) -> dict[str, dict[str, Any]]:
                 "decoding differs between models, so their generated answers do not compare", f"{key} ({dataset})"
             )
     return shared
+
+
+def _all_notes(
+    scores: MergedScores, roles: Roles, columns: Sequence[Column], bootstrap: Bootstrap, notes: Notes
+) -> list[str]:
+    for column in columns:
+        note_trivial(column, bootstrap, notes)
+    return [*scores.notes, *_training_notes(scores, roles), *notes.lines()]
 
 
 def _training_notes(scores: MergedScores, roles: Roles) -> list[str]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from kdkit.report.statistics import Bootstrap, Difference, Sample, bounds, difference, holm, interval, paired, ratio
 
-__all__ = ["Column", "Notes", "Roles", "gap_closed", "ordered_pairs", "pair_rows", "retention"]
+__all__ = ["Column", "Notes", "Roles", "gap_closed", "note_trivial", "ordered_pairs", "pair_rows", "retention"]
 
 Row = dict[str, Any]
 
@@ -20,6 +20,9 @@ NO_SHARE: Final = "not given, because the common examples leave no score of the 
 PARTLY: Final = "compared only on the examples that both models have"
 NO_SPREAD: Final = "no interval, because every resample gives the same number"
 ONE_EXAMPLE: Final = "no interval, because there is only one example"
+BEATS_NOTHING: Final = "not clearly better than copying the input (the identity baseline)"
+TRIVIAL: Final = ("identity", "empty", "majority")
+"""Baselines that a score must clearly beat before it says anything; ``reference`` is the upper bound instead."""
 NO_RATIO: Final = "no interval, because the teacher's score is too uncertain for a ratio"
 
 
@@ -44,13 +47,15 @@ class Column:
 
     Attributes:
         key: ``METRIC``, or ``DATASET/METRIC`` when the report has several datasets.
-        higher_is_better: The metric's direction.
+        higher_is_better: The metric's direction; None where neither is better, and nothing is compared.
         samples: Model to its scores; models without usable per-example scores are absent.
+        baselines: Trivial baseline to its scores on the same examples.
     """
 
     key: str
-    higher_is_better: bool
+    higher_is_better: bool | None
     samples: Mapping[str, Sample]
+    baselines: Mapping[str, Sample] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -86,7 +91,7 @@ def ordered_pairs(models: Sequence[str], roles: Roles) -> list[tuple[str, str]]:
 def pair_rows(column: Column, pairs: Sequence[tuple[str, str]], bootstrap: Bootstrap, notes: Notes) -> list[Row]:
     """The ``pairs`` entries of one metric, with p-values adjusted for all comparisons on this metric."""
     rows = []
-    for a, b in pairs:
+    for a, b in pairs if column.higher_is_better is not None else ():
         if a not in column.samples or b not in column.samples:
             continue
         found = difference(column.samples[a], column.samples[b], bootstrap)
@@ -105,7 +110,8 @@ def pair_rows(column: Column, pairs: Sequence[tuple[str, str]], bootstrap: Boots
 def retention(column: Column, roles: Roles, bootstrap: Bootstrap, notes: Notes) -> Iterator[Row]:
     """Score over teacher's score, for metrics where a ratio says something.
 
-    Higher must be better, and the teacher clearly above the baseline; without a baseline, clearly above zero.
+    Higher must be better, and the teacher clearly above the untrained student and above the best of the trivial
+    baselines; where there is neither, clearly above zero.
     """
     teacher = column.samples.get(roles.teacher or "")
     if teacher is None or not column.higher_is_better:
@@ -113,9 +119,10 @@ def retention(column: Column, roles: Roles, bootstrap: Bootstrap, notes: Notes) 
     if teacher.n < 2 or bounds(bootstrap(teacher))[0] <= 0:
         notes.add("no retention, because the teacher's score is not clearly above zero", column.key)
         return
-    if roles.baseline is not None and not _clearly_better(column, teacher, roles.baseline, bootstrap):
-        notes.add(f"no retention, because the teacher is not clearly better than {roles.baseline}", column.key)
-        return
+    for floor, sample in _floors(column, roles):
+        if not _clearly_better(column, teacher, sample, bootstrap):
+            notes.add(f"no retention, because the teacher is not clearly better than {floor}", column.key)
+            return
     for name, sample in column.samples.items():
         if name == roles.teacher:
             continue
@@ -134,10 +141,10 @@ def gap_closed(column: Column, roles: Roles, bootstrap: Bootstrap, notes: Notes)
     Only where the teacher is clearly better than the base, in the metric's direction.
     """
     teacher, base = column.samples.get(roles.teacher or ""), column.samples.get(roles.baseline or "")
-    if teacher is None or base is None:
+    if teacher is None or base is None or column.higher_is_better is None:
         return
     sign = 1.0 if column.higher_is_better else -1.0
-    if not _clearly_better(column, teacher, roles.baseline or "", bootstrap):
+    if not _clearly_better(column, teacher, base, bootstrap):
         notes.add(f"no gap to close, because the teacher is not clearly better than {roles.baseline}", column.key)
         return
     for name, sample in column.samples.items():
@@ -155,10 +162,29 @@ def gap_closed(column: Column, roles: Roles, bootstrap: Bootstrap, notes: Notes)
         yield row | _ratio_fields(value, draws, x.n, f"gap closed by {name} on {column.key}", notes)
 
 
-def _clearly_better(column: Column, teacher: Sample, baseline: str, bootstrap: Bootstrap) -> bool:
-    """Whether the teacher beats the baseline: p at most 0.05, and an interval on the right side of 0."""
-    base = column.samples.get(baseline)
-    found = difference(teacher, base, bootstrap) if base else None
+def note_trivial(column: Column, bootstrap: Bootstrap, notes: Notes) -> None:
+    """Say in words which models are not clearly better than echoing the input."""
+    identity = column.baselines.get("identity")
+    if identity is None or column.higher_is_better is None:
+        return
+    for name, sample in column.samples.items():
+        if not _clearly_better(column, sample, identity, bootstrap):
+            notes.add(BEATS_NOTHING, f"{name} on {column.key}")
+
+
+def _floors(column: Column, roles: Roles) -> Iterator[tuple[str, Sample | None]]:
+    """What the teacher must beat, with its name: the untrained student, and the best of the trivial baselines."""
+    if roles.baseline is not None:
+        yield roles.baseline, column.samples.get(roles.baseline)
+    trivial = [name for name in TRIVIAL if name in column.baselines]
+    if trivial:
+        best = max(trivial, key=lambda name: column.baselines[name].value)
+        yield f"the {best} baseline", column.baselines[best]
+
+
+def _clearly_better(column: Column, sample: Sample, floor: Sample | None, bootstrap: Bootstrap) -> bool:
+    """Whether ``sample`` beats ``floor``: p at most 0.05, and an interval on the right side of 0."""
+    found = difference(sample, floor, bootstrap) if floor is not None else None
     return found is not None and found.clear and (found.value > 0) == column.higher_is_better
 
 

@@ -23,9 +23,12 @@ def _lines(report: Mapping[str, Any]) -> Iterator[str]:
     for scores in views.scores_tables(report):
         rows = tuple((*facts, *cells[1:]) for facts, cells in zip(models.rows, scores.rows, strict=True))
         yield from _table(Table(scores.title, (*models.header, *scores.header[1:]), rows))
-    for line in (views.direction_line(report), views.legend(report)):
-        yield _plain(line)
-        yield ""
+    for baselines in views.baseline_tables(report):
+        yield from _table(baselines)
+    for line in (views.direction_line(report), views.legend(report), views.baselines_line(report)):
+        if line:
+            yield _plain(line)
+            yield ""
     for table in (views.gap_table(report), views.retention_table(report)):
         if table is not None:
             yield from _table(table)

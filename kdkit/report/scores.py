@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 
 from kdkit.api.errors import DataError
 
@@ -32,7 +32,10 @@ class _Part(BaseModel):
 
 
 class MetricScores(_Part):
-    """One model's scores on one metric of one dataset; None among ``per_example`` is an undefined score."""
+    """One model's scores on one metric of one dataset; None among ``per_example`` is an undefined score.
+
+    ``counts`` is what the metric wants its reader to know: how many predictions it left out, and why.
+    """
 
     value: Score
     n: int
@@ -40,16 +43,27 @@ class MetricScores(_Part):
     weights: tuple[float, ...] | None = None
     link: Literal["identity", "exp"] = "identity"
     ids: tuple[str, ...] = ()
-    higher_is_better: bool
+    counts: dict[str, int] = {}
+    higher_is_better: bool | None
     unit: str = ""
 
 
 class AnswerCounts(_Part):
-    """How many answers a model gave on a dataset, hit the token limit, and were empty."""
+    """How many answers a model gave to ``n`` rows, hit the token limit, were empty, and could not be judged.
+
+    Files from before several answers were possible count rows only: there is one answer to each.
+    """
 
     n: int
+    answers: int
     truncated: int
     empty: int
+    unjudged: int = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_answer_a_row(cls, data: Any) -> Any:
+        return {"answers": data["n"], **data} if isinstance(data, dict) and "n" in data else data
 
 
 class _ModelScores(_Part):
@@ -63,6 +77,10 @@ class _ModelScores(_Part):
     counts: dict[str, AnswerCounts] = {}
 
 
+class _BaselineScores(_Part):
+    results: dict[str, dict[str, MetricScores]]
+
+
 class DatasetFacts(_Part):
     """Size of a test set and the category of each example."""
 
@@ -72,6 +90,7 @@ class DatasetFacts(_Part):
 
 class _ScoresFile(_Part):
     models: dict[str, _ModelScores]
+    baselines: dict[str, _BaselineScores] = {}
     datasets: dict[str, DatasetFacts]
 
 
@@ -101,9 +120,17 @@ class MergedModel:
 
 @dataclass(slots=True)
 class MergedScores:
-    """All models and datasets, in the order the files give them; ``notes`` says what merging had to choose."""
+    """All models and datasets, in the order the files give them.
+
+    Attributes:
+        models: Name to model.
+        baselines: Trivial baseline to dataset to metric to scores.
+        datasets: Name to facts.
+        notes: What merging had to choose.
+    """
 
     models: dict[str, MergedModel] = field(default_factory=dict)
+    baselines: dict[str, dict[str, dict[str, MetricScores]]] = field(default_factory=dict)
     datasets: dict[str, DatasetFacts] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -122,6 +149,11 @@ def read_scores(directories: Sequence[Path]) -> MergedScores:
             _agree(merged.datasets, name, facts, file=file, what=f"dataset {name!r}")
         for name, model in scores.models.items():
             _merge_model(merged, name, model, file)
+        for name, baseline in scores.baselines.items():
+            for dataset, results in baseline.results.items():
+                known = merged.baselines.setdefault(name, {}).setdefault(dataset, {})
+                for metric, result in results.items():
+                    _agree(known, metric, result, file=file, what=f"baseline {name!r}: {metric} on {dataset!r}")
     if not any(results for model in merged.models.values() for results in model.results.values()):
         raise DataError("there is no score to report", where=", ".join(map(str, directories)) or "scores")
     return merged
@@ -140,12 +172,13 @@ def _read(file: Path) -> _ScoresFile:
         first = error.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"])) or "file"
         raise DataError(f"not a scores file: {place}: {first['msg']}", where=str(file)) from error
-    for name, model in scores.models.items():
-        for dataset, results in model.results.items():
-            if dataset not in scores.datasets:
-                raise DataError(f"model {name!r} has results on unknown dataset {dataset!r}", where=str(file))
-            for metric, result in results.items():
-                _check(result, f"models.{name}.results.{dataset}.{metric}", file)
+    for kind, entries in (("model", scores.models), ("baseline", scores.baselines)):
+        for name, entry in entries.items():
+            for dataset, results in entry.results.items():
+                if dataset not in scores.datasets:
+                    raise DataError(f"{kind} {name!r} has results on unknown dataset {dataset!r}", where=str(file))
+                for metric, result in results.items():
+                    _check(result, f"{kind}s.{name}.results.{dataset}.{metric}", file)
     return scores
 
 
@@ -160,8 +193,6 @@ def _check(result: MetricScores, place: str, file: Path) -> None:
         problem = "a weight is negative or not finite"
     elif len(result.ids) not in (0, n):
         problem = f"{len(result.ids)} ids for {n} values"
-    elif len(set(result.ids)) != len(result.ids):
-        problem = "an id occurs twice"
     if problem:
         raise DataError(f"not a scores file: {place}: {problem}", where=str(file))
 

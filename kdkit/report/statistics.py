@@ -13,7 +13,11 @@ the example's token count (per-token means), ``link`` the identity or ``exp`` (p
   difference is taken before the link, which is monotone, so the hypothesis is the same and a heavy right tail of
   ``exp`` cannot dominate. Two-sided, ``p = (1 + #{|t*| >= |t|}) / (1 + permutations)`` (Phipson and Smyth 2010).
 
-They measure the choice of test examples, nothing else: not the training seed, not the sampling of answers.
+* **Several answers** to one example are not independent: they are merged into one ``(w, x)`` per example (their mean)
+  before anything is resampled or swapped. Treating them as examples of their own would give intervals that are too
+  narrow and p-values that are too small.
+
+Intervals measure the choice of test examples, and of answers where they were sampled; not the training seed.
 """
 
 from __future__ import annotations
@@ -61,7 +65,7 @@ class Sample:
     """One model's per-example scores on one metric, sorted by id.
 
     Attributes:
-        values: [n] scores.
+        values: [n] scores; means over its answers for an example with several.
         weights: [n] positive weights.
         link: Applied to the weighted mean.
         ids: n ids, sorted; empty when the examples are anonymous and cannot be paired.
@@ -80,10 +84,13 @@ class Sample:
         link: Literal["identity", "exp"] = "identity",
         ids: Sequence[str] = (),
     ) -> Sample:
-        """A checked sample. Examples of weight 0 hold no token of the mean and are left out.
+        """A checked sample, one entry per id. Examples of weight 0 hold no token of the mean and are left out.
+
+        An id that occurs k times becomes one example: the weighted mean of its values, with the sum of their weights
+        over k. With as many answers to every example, the mean over answers is the mean over examples.
 
         Raises:
-            ValueError: Lengths differ, a number is not finite, a weight is negative, or an id occurs twice.
+            ValueError: Lengths differ, a number is not finite, or a weight is negative.
         """
         x = np.asarray(values, dtype=np.float64)
         w = np.ones_like(x) if weights is None else np.asarray(weights, dtype=np.float64)
@@ -93,11 +100,11 @@ class Sample:
             raise ValueError("a value or weight is not finite")
         if (w < 0).any():
             raise ValueError("a weight is negative")
-        if len(set(ids)) != len(ids):
-            raise ValueError("an id occurs twice")
-        order = sorted(range(len(x)), key=lambda i: ids[i]) if ids else range(len(x))
-        keep = np.array([i for i in order if w[i] > 0], dtype=np.intp)
-        return cls(x[keep], w[keep], link, tuple(ids[i] for i in keep) if ids else ())
+        names = tuple(ids)
+        if names:
+            x, w, names = _by_id(x, w, names)
+        keep = np.flatnonzero(w > 0)
+        return cls(x[keep], w[keep], link, tuple(names[i] for i in keep) if names else ())
 
     @property
     def n(self) -> int:
@@ -249,6 +256,20 @@ def holm(p_values: Sequence[float]) -> list[float]:
         running = max(running, min(1.0, (count - rank) * p_values[index]))
         adjusted[index] = running
     return adjusted
+
+
+def _by_id(x: Array, w: Array, ids: Sequence[str]) -> tuple[Array, Array, tuple[str, ...]]:
+    """Values, weights and ids with one entry per id, sorted by id."""
+    names = sorted(set(ids))
+    place = {name: index for index, name in enumerate(names)}
+    where = np.array([place[name] for name in ids], dtype=np.intp)
+    answers, weight = np.bincount(where), np.bincount(where, weights=w)
+    total = np.bincount(where, weights=w * x)
+    single = np.zeros(len(names))
+    single[where] = x
+    # An example with one answer keeps its value to the last digit, and an example without weight has none.
+    merged = np.divide(total, weight, out=np.zeros(len(names)), where=weight > 0)
+    return np.where(answers == 1, single, merged), weight / answers, tuple(names)
 
 
 def _linked(means: Array, link: str) -> Array:

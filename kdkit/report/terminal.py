@@ -50,9 +50,11 @@ def _parts(report: Mapping[str, Any], *, brief: bool) -> Iterator[Table | Render
     yield Text(f"Report: {report['recipe']}", style="bold")
     yield views.models_table(report)
     yield from views.scores_tables(report)
+    yield from views.baseline_tables(report)
     yield Text()
-    for line in (views.direction_line(report), views.legend(report)):
-        yield Text(line, style="dim")
+    for line in (views.direction_line(report), views.legend(report), views.baselines_line(report)):
+        if line:
+            yield Text(line, style="dim")
     for table in (views.gap_table(report), views.retention_table(report)):
         if table is not None:
             yield table

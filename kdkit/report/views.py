@@ -15,6 +15,8 @@ from kdkit.report.figures import MISSING, amount, measured, number, p_value, per
 __all__ = [
     "Table",
     "answers_table",
+    "baseline_tables",
+    "baselines_line",
     "decoding_lines",
     "direction_line",
     "gap_table",
@@ -30,12 +32,18 @@ __all__ = [
 
 Report = Mapping[str, Any]
 
-_SAMPLING_ONLY: Final = ("temperature", "top_p", "top_k")
+_SAMPLING_ONLY: Final = ("temperature", "top_p", "top_k", "num_samples")
 _SAME: Final = "no significant difference"
 _SPEED: Final = {
     "generated_tokens_per_s": ("tokens/s", number),
     "prompts_per_s": ("prompts/s", number),
     "peak_memory_bytes": ("peak memory", size),
+}
+_BASELINES: Final = {
+    "identity": "identity echoes the input",
+    "empty": "empty says nothing",
+    "majority": "majority gives the most common reference to every prompt",
+    "reference": "reference gives the first reference, the most that a metric can give",
 }
 _CAVEATS: Final = {
     "rouge-l": "ROUGE-L counts shared words, not correctness; where answers resemble prompts, copying scores high.",
@@ -85,6 +93,23 @@ def scores_tables(report: Report) -> Iterator[Table]:
         yield Table(f"Scores on {dataset} ({n})" if dataset else f"Scores ({n})", header, rows)
 
 
+def baseline_tables(report: Report) -> Iterator[Table]:
+    """One table per dataset: what answers score that need no model, and the best score a metric can give."""
+    entries = {name: baseline["metrics"] for name, baseline in report.get("baselines", {}).items()}
+    for dataset, keys in _by_dataset(report).items():
+        known = [key for key in keys if any(key in metrics for metrics in entries.values())]
+        header = ("baseline", *(_header(key, dataset, _metrics(report)[key]["unit"]) for key in known))
+        rows = tuple((name, *(_plain_score(metrics.get(key)) for key in known)) for name, metrics in entries.items())
+        if known:
+            yield Table(f"Baselines on {dataset}" if dataset else "Baselines", header, rows)
+
+
+def baselines_line(report: Report) -> str:
+    """What the baselines are; empty without any."""
+    texts = [text for name, text in _BASELINES.items() if report.get("baselines", {}).get(name, {}).get("metrics")]
+    return f"Baselines: {'; '.join(texts)}." if texts else ""
+
+
 def retention_table(report: Report) -> Table | None:
     """Each model's share of the teacher's score; None when there is none to show."""
     teacher = report["roles"]["teacher"]
@@ -127,19 +152,24 @@ def speed_table(report: Report) -> Table | None:
 
 
 def answers_table(report: Report) -> Table | None:
-    """Answers that hit the token limit or are empty, by model and dataset; None when nothing was counted."""
+    """Answers that hit the token limit, are empty or were not judged, by model and dataset; None without answers."""
     several = len(report["datasets"]) > 1
-    rows = tuple(
-        (
-            f"{name} on {dataset}" if several else name,
-            f"{counts['n']:,}",
-            share(counts["truncated"], counts["n"]),
-            share(counts["empty"], counts["n"]),
-        )
+    found = [
+        (f"{name} on {dataset}" if several else name, counts)
         for name, model in report["models"].items()
         for dataset, counts in model["counts"].items()
-    )
-    return Table("Answers", ("model", "answers", "truncated", "empty"), rows) if rows else None
+        if counts.get("answers", counts["n"])
+    ]
+    parts = ["truncated", "empty", *(["unjudged"] if any(counts.get("unjudged") for _, counts in found) else [])]
+    rows = tuple((label, *_answer_cells(counts, parts)) for label, counts in found)
+    return Table("Answers", ("model", "answers", *parts), rows) if rows else None
+
+
+def _answer_cells(counts: Mapping[str, int], parts: Sequence[str]) -> Iterator[str]:
+    answers = counts.get("answers", counts["n"])
+    yield f"{answers:,}"
+    for part in parts:
+        yield share(counts.get(part, 0), answers)
 
 
 def verdict(row: Mapping[str, Any], *, higher_is_better: bool) -> str:
@@ -154,14 +184,14 @@ def verdict(row: Mapping[str, Any], *, higher_is_better: bool) -> str:
 
 
 def direction_line(report: Report) -> str:
-    """Which metrics are better high and which low."""
+    """Which metrics are better high, which low, and which neither."""
     datasets = {key: dataset for dataset, keys in _by_dataset(report).items() for key in keys}
     parts = []
-    for word, wanted in (("Higher", True), ("Lower", False)):
+    for words, wanted in (("Higher is better", True), ("Lower is better", False), ("Neither is better", None)):
         keys = [key for key, first in _metrics(report).items() if first["higher_is_better"] is wanted]
         names = dict.fromkeys(_bare(key, datasets[key]) for key in keys)
         if names:
-            parts.append(f"{word} is better: {', '.join(names)}.")
+            parts.append(f"{words}: {', '.join(names)}.")
     return " ".join(parts)
 
 
@@ -193,15 +223,29 @@ def limits(report: Report) -> list[str]:
     unseen = "the spread between training seeds, which can be as large as the differences shown"
     lines = [f"{once}: the intervals cover the choice of test examples, not {unseen}."]
     lines.append("Trained tokens are those of kdkit's own stages; what a model saw before is not counted.")
-    if any(s.get("do_sample") for m in report["models"].values() for s in m["decoding"].values()):
-        lines.append("Answers were sampled once; another draw gives other scores, and the intervals do not cover that.")
+    lines += _sampling_limits(report)
     if report["pairs"]:
         chance = f"one in 20 falls below {ALPHA} where no model differs"
         removed = 'the verdict "not after correction" marks those that Holm\'s correction per metric removes'
         lines.append(f"p is not corrected for the {len(report['pairs'])} comparisons here: {chance}; {removed}.")
         lines.append('"No significant difference" is not "equal": the interval says how large it may be.')
     names = {key.rpartition("/")[2] for key in _metrics(report)}
-    return lines + [text for name, text in _CAVEATS.items() if name in names]
+    return lines + [
+        text for about, text in _CAVEATS.items() if any(name == about or name.startswith(f"{about}-") for name in names)
+    ]
+
+
+def _sampling_limits(report: Report) -> Iterator[str]:
+    """One line where answers were sampled: what of it the intervals cover."""
+    sampled = [s for m in report["models"].values() for s in m["decoding"].values() if s.get("do_sample")]
+    if any(settings.get("num_samples", 1) == 1 for settings in sampled):
+        yield "Answers were sampled once; another draw gives other scores, and no score averages over draws."
+    elif sampled:
+        counts = sorted({settings["num_samples"] for settings in sampled})
+        yield (
+            f"Answers were sampled {' or '.join(map(str, counts))} times per prompt; a prompt's answers count as one "
+            "example, and perplexity and distances to the teacher are measured once per prompt."
+        )
 
 
 def _metrics(report: Report) -> dict[str, Mapping[str, Any]]:
@@ -231,9 +275,13 @@ def _header(key: str, dataset: str, unit: str) -> str:
     return f"{name}\n({unit})" if unit else name
 
 
+def _plain_score(entry: Mapping[str, Any] | None) -> str:
+    return measured(entry["value"], entry["ci95"]) if entry else MISSING
+
+
 def _score(report: Report, name: str, key: str, marks: Mapping[tuple[str, str], str]) -> str:
     entry = report["models"][name]["metrics"].get(key)
-    text = measured(entry["value"], entry["ci95"]) if entry else MISSING
+    text = _plain_score(entry)
     return f"{text} {marks[name, key]}" if (name, key) in marks else text
 
 

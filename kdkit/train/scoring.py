@@ -1,8 +1,8 @@
-"""Teacher-forced scores per example: negative log-likelihood and full-vocabulary KL to a teacher."""
+"""Teacher-forced scores: negative log-likelihood and full-vocabulary KL to a teacher, per example or per token."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from kdkit.api import TeacherSignals
     from kdkit.models.chat import Encoded
 
-__all__ = ["ExampleScore", "score_examples"]
+__all__ = ["ExampleScore", "score_examples", "token_kl"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,16 +53,46 @@ def score_examples(
         vocabulary: Leading entries that student and teacher share; all when None.
         on_batch: Called with the number of finished rows after every batch.
     """
-    parts = split(model)
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))
     scores: dict[int, ExampleScore] = {}
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        batch = collate([rows[i] for i in chosen], device=model.device)
-        scores.update(zip(chosen, _score_batch(parts, batch, signals, vocabulary), strict=True))
+    for chosen, batch in _batches(model, rows, batch_size):
+        scores.update(zip(chosen, _score_batch(split(model), batch, signals, vocabulary), strict=True))
         if on_batch:
             on_batch(len(scores))
     return [scores[i] for i in range(len(rows))]
+
+
+@torch.no_grad()
+def token_kl(
+    model: PreTrainedModel,
+    rows: Sequence[Encoded],
+    *,
+    batch_size: int,
+    signals: Callable[[TokenBatch], TeacherSignals],
+    vocabulary: int | None = None,
+) -> list[tuple[float, ...]]:
+    """KL(teacher || model) in nats at every learned token of every row, in the order of the rows and their tokens.
+
+    The arguments are those of :func:`score_examples`. The value at a token depends on the tokens before it only, so
+    the id that stands at the row's last place does not matter.
+    """
+    traces: dict[int, tuple[float, ...]] = {}
+    for chosen, batch in _batches(model, rows, batch_size):
+        values = _batch_values(split(model), batch, signals(batch), vocabulary)[:, 1].tolist()
+        done = 0
+        for index in chosen:
+            traces[index] = tuple(values[done : done + rows[index].targets])
+            done += rows[index].targets
+    return [traces[i] for i in range(len(rows))]
+
+
+def _batches(
+    model: PreTrainedModel, rows: Sequence[Encoded], batch_size: int
+) -> Iterator[tuple[list[int], TokenBatch]]:
+    """Batches of rows of similar length, longest first, with the places of their rows."""
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        yield chosen, collate([rows[i] for i in chosen], device=model.device)
 
 
 def _score_batch(
@@ -71,20 +101,26 @@ def _score_batch(
     signals: Callable[[TokenBatch], TeacherSignals] | None,
     vocabulary: int | None,
 ) -> list[ExampleScore]:
-    valid = batch.labels_mask[:, 1:]
-    hidden, labels = valid_hidden(parts.trunk, batch), batch.input_ids[:, 1:][valid]
     teacher = signals(batch) if signals else None
+    # float64 sums: the order in which blocks are added must not show in the printed digits.
+    per_token = _batch_values(parts, batch, teacher, vocabulary).double()
+    row_of = batch.labels_mask[:, 1:].nonzero()[:, 0]
+    sums = torch.zeros(batch.input_ids.shape[0], 3, dtype=torch.float64, device=per_token.device)
+    sums.index_add_(0, row_of, torch.cat([per_token, torch.ones_like(per_token[:, :1])], dim=1))
+    return [ExampleScore(nll, int(n), kl if teacher is not None else None) for nll, kl, n in sums.tolist()]
+
+
+def _batch_values(
+    parts: CausalParts, batch: TokenBatch, teacher: TeacherSignals | None, vocabulary: int | None
+) -> Tensor:
+    """[N, 2]: :func:`_token_values` of all learned tokens of a batch, in row-major order, block by block."""
+    hidden, labels = valid_hidden(parts.trunk, batch), batch.input_ids[:, 1:][batch.labels_mask[:, 1:]]
     size = block_tokens(parts.head.weight.shape[0])
     values = [
         _token_values(parts, hidden[a : a + size], labels[a : a + size], teacher, a, vocabulary)
         for a in range(0, len(labels), size)
     ]
-    row_of = valid.nonzero()[:, 0]
-    # float64 sums: the order in which blocks are added must not show in the printed digits.
-    sums = torch.zeros(batch.input_ids.shape[0], 3, dtype=torch.float64, device=labels.device)
-    per_token = torch.cat(values).double()
-    sums.index_add_(0, row_of, torch.cat([per_token, torch.ones_like(per_token[:, :1])], dim=1))
-    return [ExampleScore(nll, int(n), kl if teacher is not None else None) for nll, kl, n in sums.tolist()]
+    return torch.cat(values)
 
 
 def _token_values(

@@ -11,7 +11,7 @@ def metric(
     *,
     weights: Sequence[float] | None = None,
     link: str = "identity",
-    higher: bool = True,
+    higher: bool | None = True,
     unit: str = "0-100",
     ids: Sequence[str] | None = None,
 ) -> dict[str, Any]:

@@ -34,8 +34,30 @@ SCHEMA = entry(
             metrics={
                 "type": "object",
                 "additionalProperties": entry(
-                    [], value=NUMBER, n={"type": "integer"}, ci95=CI95, higher_is_better={"type": "boolean"}, unit=TEXT
+                    [],
+                    value=NUMBER,
+                    n={"type": "integer"},
+                    ci95=CI95,
+                    higher_is_better={"type": ["boolean", "null"]},
+                    unit=TEXT,
                 ),
+            },
+            categories={
+                "type": "object",
+                "additionalProperties": {
+                    "type": "object",
+                    "additionalProperties": entry([], value={"type": "number"}, n={"type": "integer"}, ci95=CI95),
+                },
+            },
+        ),
+    },
+    baselines={
+        "type": "object",
+        "additionalProperties": entry(
+            [],
+            metrics={
+                "type": "object",
+                "additionalProperties": entry([], value={"type": "number"}, n={"type": "integer"}, ci95=CI95),
             },
         ),
     },
@@ -383,3 +405,164 @@ def test_unequal_training_is_noted(write) -> None:
     assert any("kd was trained on 4 times the tokens of sft" in note for note in notes)
     models["kd"] = model(part, trained_tokens=1_010_000)
     assert not any("times the tokens" in note for note in report(write(models, "equal"))["notes"])
+
+
+def trivial(**values):
+    """The ``baselines`` of a scores file with one metric."""
+    return {"baselines": {name: {"results": {"d": {"rouge-l": metric(x)}}} for name, x in values.items()}}
+
+
+def named(write, models, **values):
+    """Models and baselines by name, each with one plain metric."""
+    return write({name: model({"d": {"rouge-l": metric(x)}}) for name, x in models.items()}, **trivial(**values))
+
+
+def test_baselines_have_value_n_and_interval(write, tmp_path) -> None:
+    rng = np.random.default_rng(6)
+    x = rng.uniform(0, 30, 80)
+    data = report(named(write, {"kd": x + 5}, identity=x, reference=[100.0] * 80))
+    jsonschema.validate(data, SCHEMA)
+    write_report(data, tmp_path)
+    found = data["baselines"]["identity"]["metrics"]["rouge-l"]
+    assert (found["value"], found["n"]) == (pytest.approx(x.mean()), 80)
+    assert found["ci95"][0] < x.mean() < found["ci95"][1]
+    assert data["baselines"]["reference"]["metrics"]["rouge-l"] == {"value": 100.0, "n": 80, "ci95": None}
+    assert {row["a"] for row in data["pairs"]} | {row["b"] for row in data["pairs"]} <= {"kd"}
+
+
+def test_baselines_of_several_datasets_have_the_keys_of_the_models(write) -> None:
+    models = {"kd": model({d: {"rouge-l": metric([1.0, 2.0])} for d in ("d1", "d2")})}
+    both = {"results": {d: {"rouge-l": metric([0.0, 1.0])} for d in ("d1", "d2")}}
+    data = report(write(models, baselines={"empty": both}))
+    assert set(data["baselines"]["empty"]["metrics"]) == {"d1/rouge-l", "d2/rouge-l"}
+
+
+def test_a_model_that_is_no_better_than_copying_is_named(write) -> None:
+    rng = np.random.default_rng(7)
+    x = rng.uniform(20, 60, 100)
+    models = {"base": x + rng.normal(0, 5, 100), "kd": x + 10, "worse": x - 10}
+    (note,) = [n for n in report(named(write, models, identity=x))["notes"] if "identity" in n]
+    assert note == (
+        "not clearly better than copying the input (the identity baseline): base on rouge-l, worse on rouge-l"
+    )
+
+
+@pytest.mark.parametrize(
+    ("floors", "missing"),
+    [
+        ({"identity": 8.0}, None),
+        ({"identity": 40.0}, "the identity baseline"),
+        ({"identity": 5.0, "majority": 30.0, "empty": 0.0}, "the majority baseline"),
+        ({"empty": 31.0}, "the empty baseline"),
+        ({"reference": 100.0}, None),
+    ],
+)
+def test_retention_needs_a_teacher_above_the_best_trivial_answer(write, floors, missing) -> None:
+    rng = np.random.default_rng(8)
+    models = {"kd": rng.normal(24, 5, 60), "teacher": rng.normal(30, 5, 60)}
+    data = report(named(write, models, **{name: rng.normal(level, 5, 60) for name, level in floors.items()}))
+    assert [row["model"] for row in data["retention"]] == ([] if missing else ["kd"])
+    notes = [note for note in data["notes"] if note.startswith("no retention")]
+    assert notes == (
+        [f"no retention, because the teacher is not clearly better than {missing}: rouge-l"] if missing else []
+    )
+
+
+def test_retention_still_needs_a_teacher_above_the_untrained_student(write) -> None:
+    x = np.random.default_rng(9).uniform(20, 40, 60)
+    data = report(named(write, {"base": x, "kd": x, "teacher": x}, identity=x - 15))
+    assert data["retention"] == []
+    assert any("not clearly better than base: rouge-l" in note for note in data["notes"])
+
+
+def test_a_metric_without_a_direction_is_described_and_not_compared(write) -> None:
+    rng = np.random.default_rng(10)
+    models = {
+        name: model({"d": {"length": metric(rng.normal(level, 9, 50), higher=None, unit="tokens")}})
+        for name, level in {"base": 20, "kd": 60, "teacher": 90}.items()
+    }
+    floor = {"baselines": {"identity": {"results": {"d": {"length": metric([99.0] * 50, higher=None, unit="tokens")}}}}}
+    data = report(write(models, **floor))
+    jsonschema.validate(data, SCHEMA)
+    assert data["models"]["kd"]["metrics"]["length"]["ci95"] is not None
+    assert (data["pairs"], data["retention"], data["gap_closed"], data["notes"]) == ([], [], [], [])
+
+
+def grouped(x, categories, **changes):
+    ids = [f"row-{i}" for i in range(len(x))]
+    facts = {"d": {"n": len(x), "categories": dict(zip(ids, categories, strict=True))}}
+    return {"kd": model({"d": {"rouge-l": metric(x)}})}, {"datasets": facts, **changes}
+
+
+def test_categories_have_their_own_means_and_intervals(write) -> None:
+    rng = np.random.default_rng(11)
+    x = np.concatenate([rng.normal(20, 5, 60), rng.normal(50, 5, 30), [7.0], [9.0]])
+    models, facts = grouped(x, ["open"] * 60 + ["closed"] * 30 + ["rare", ""])
+    data = report(write(models, **facts))
+    jsonschema.validate(data, SCHEMA)
+    found = data["models"]["kd"]["categories"]["rouge-l"]
+    assert list(found) == ["open", "closed", "rare"]
+    assert (found["open"]["value"], found["open"]["n"]) == (pytest.approx(x[:60].mean()), 60)
+    assert found["closed"]["ci95"][0] < x[60:90].mean() < found["closed"]["ci95"][1]
+    assert found["rare"] == {"value": 7.0, "n": 1, "ci95": None}
+
+
+def test_without_categories_there_are_none(write) -> None:
+    models, facts = grouped([1.0, 2.0], ["", ""])
+    assert report(write(models, **facts))["models"]["kd"]["categories"] == {}
+
+
+def test_only_the_largest_of_very_many_categories_are_shown(write) -> None:
+    models, facts = grouped(np.arange(120.0), [f"c{i % 50}" for i in range(120)])
+    data = report(write(models, **facts))
+    found = data["models"]["kd"]["categories"]["rouge-l"]
+    assert len(found) == 40
+    assert {f"c{i}" for i in range(20)} <= set(found), "those with three examples"
+    assert "only the 40 largest categories have scores of their own: d (50)" in data["notes"]
+
+
+def test_a_category_that_overflows_is_absent(write) -> None:
+    part = metric([1.0, 1.0, 800.0], weights=[400, 500, 1], link="exp", higher=False)
+    ids = {"row-0": "fine", "row-1": "fine", "row-2": "broken"}
+    models = {"kd": model({"d": {"perplexity": part}})}
+    data = report(write(models, datasets={"d": {"n": 3, "categories": ids}}))
+    assert set(data["models"]["kd"]["categories"]["perplexity"]) == {"fine"}
+
+
+def test_answers_to_one_example_count_as_one(write) -> None:
+    rng = np.random.default_rng(12)
+    x = rng.uniform(0, 100, (50, 4))
+    ids = [f"row-{i}" for i in range(50) for _ in range(4)]
+    models = {
+        "many": model({"d": {"rouge-l": metric(x.ravel(), ids=ids)}}),
+        "means": model({"d": {"rouge-l": metric(x.mean(axis=1))}}),
+    }
+    data = report(write(models, datasets={"d": {"n": 50}}))
+    many, means = (data["models"][name]["metrics"]["rouge-l"] for name in ("many", "means"))
+    assert many["n"] == means["n"] == 50
+    assert many["ci95"] == pytest.approx(means["ci95"], rel=1e-9)
+    (row,) = data["pairs"]
+    assert (row["n"], row["difference"], row["p"]) == (50, pytest.approx(0, abs=1e-9), 1.0)
+    assert not any("unequal" in note or "not the mean" in note for note in data["notes"])
+
+
+def test_unequal_numbers_of_answers_are_noted_and_weigh_the_same(write) -> None:
+    part = metric([0.0, 0.0, 0.0, 100.0], ids=["a", "a", "a", "b"])
+    data = report(write({"kd": model({"d": {"rouge-l": part}})}, datasets={"d": {"n": 2}}))
+    assert data["models"]["kd"]["metrics"]["rouge-l"]["value"] == 50.0
+    assert any("unequal numbers of answers" in note and "rouge-l of kd" in note for note in data["notes"])
+    # A metric that averages over examples by itself has nothing to note.
+    data = report(write({"kd": model({"d": {"rouge-l": part | {"value": 50.0}}})}, "own", datasets={"d": {"n": 2}}))
+    assert (data["models"]["kd"]["metrics"]["rouge-l"]["value"], data["notes"]) == (50.0, [])
+
+
+def test_what_a_metric_left_out_is_noted(write) -> None:
+    part = metric([1.0, 2.0]) | {"counts": {"answers without a verdict": 1_200}}
+    notes = report(write({"kd": model({"d": {"pass-at-1": part}})}))["notes"]
+    assert notes == ["answers without a verdict: pass-at-1 of kd (1,200)"]
+
+
+def test_a_quantised_copy_is_compared_with_what_it_was_made_from() -> None:
+    pairs = ordered_pairs(["base", "base-int4", "kd", "kd-int4", "teacher"], Roles("teacher", "base", "base"))
+    assert {("kd-int4", "kd"), ("base-int4", "base"), ("kd", "teacher"), ("kd-int4", "teacher")} <= set(pairs)
+    assert len({frozenset(pair) for pair in pairs}) == len(pairs) == 10, "every two models, once"

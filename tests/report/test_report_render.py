@@ -197,4 +197,77 @@ def test_marks_go_by_the_corrected_p(data) -> None:
 def test_sampled_answers_are_a_limit(data) -> None:
     assert not any("sampled" in line for line in views.limits(data))
     data["models"]["kd"]["decoding"]["dolly"]["do_sample"] = True
-    assert any("sampled" in line for line in views.limits(data))
+    assert any("sampled once" in line for line in views.limits(data))
+    data["models"]["kd"]["decoding"]["dolly"]["num_samples"] = 4
+    (line,) = [line for line in views.limits(data) if "sampled" in line]
+    assert "sampled 4 times per prompt" in line
+
+
+def test_decoding_names_the_number_of_answers_only_where_they_are_sampled(data) -> None:
+    data["decoding"] = {
+        "a": {"do_sample": True, "temperature": 0.7, "num_samples": 4},
+        "b": {"do_sample": False, "temperature": 1.0, "num_samples": 1},
+    }
+    assert views.decoding_lines(data) == [
+        "a: do_sample = true, temperature = 0.7, num_samples = 4",
+        "b: do_sample = false",
+    ]
+
+
+@pytest.fixture
+def with_baselines(write):
+    x = [float(i) for i in range(20)]
+    floors = {"identity": metric(x), "reference": metric([100.0] * 20)}
+    models = {
+        "kd": model({"d": {"rouge-l": metric([v + i % 3 for i, v in enumerate(x)]), "length": metric(x, higher=None)}})
+    }
+    baselines = {name: {"results": {"d": {"rouge-l": part}}} for name, part in floors.items()}
+    return collect([write(models, baselines=baselines)], recipe="r", seed=1)
+
+
+def test_baselines_stand_below_the_scores(with_baselines) -> None:
+    table = rows(render_markdown(with_baselines), "Baselines")
+    assert list(table) == ["baseline", "identity", "reference"]
+    assert table["baseline"] == ["rouge-l (0-100)"]
+    assert re.fullmatch(r"9\.5 ±2\.\d", table["identity"][0])
+    assert table["reference"] == ["100"]
+    text = shown(with_baselines)
+    assert re.search(r"^identity +9\.5 ±2\.\d$", text, flags=re.MULTILINE)
+    line = views.baselines_line(with_baselines)
+    assert line.startswith("Baselines: identity echoes the input; reference gives")
+    assert line.split()[0] in text
+    assert line in render_markdown(with_baselines)
+    assert "majority" not in text
+
+
+def test_a_report_without_baselines_does_not_mention_them(data) -> None:
+    assert views.baselines_line(data) == ""
+    del data["baselines"]  # as in a report of an earlier version
+    assert "aseline" not in render_markdown(data)
+    assert "aseline" not in shown(data)
+
+
+def test_a_metric_without_a_direction_is_said_to_have_none(with_baselines) -> None:
+    assert views.direction_line(with_baselines) == "Higher is better: rouge-l. Neither is better: length."
+    assert "Differences in length" not in render_markdown(with_baselines)
+
+
+def test_answers_count_the_samples_and_those_without_a_verdict(data) -> None:
+    counts = {"n": 400, "answers": 1_600, "truncated": 16, "empty": 0, "unjudged": 8}
+    data["models"]["kd"]["counts"]["dolly"] = counts
+    table = rows(render_markdown(data), "Answers")
+    assert table["model"] == ["answers", "truncated", "empty", "unjudged"]
+    assert table["kd"] == ["1,600", "16 (1.00 %)", "0", "8 (0.500 %)"]
+    assert table["sft"][-1] == "0"
+
+
+def test_models_that_gave_no_answers_have_no_row(data) -> None:
+    for entry in data["models"].values():
+        entry["counts"]["dolly"] |= {"answers": 0}
+    assert views.answers_table(data) is None
+
+
+def test_a_variant_of_a_metric_has_its_caveat(write) -> None:
+    models = {"a": model({"d": {"rouge-l-code": metric([1.0, 2.0])}})}
+    lines = views.limits(collect([write(models)], recipe="r", seed=1))
+    assert any(line.startswith("ROUGE-L counts shared words") for line in lines)

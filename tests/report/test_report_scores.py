@@ -75,11 +75,10 @@ def test_missing_file(tmp_path) -> None:
     [
         ("n", 5, "2 per-example values for n = 5"),
         ("ids", ["row-0"], "1 ids for 2 values"),
-        ("ids", ["x", "x"], "twice"),
         ("weights", [1.0], "1 weights for 2 values"),
         ("weights", [1.0, -1.0], "negative"),
         ("link", "log", "link"),
-        ("higher_is_better", None, "higher_is_better"),
+        ("higher_is_better", "up", "higher_is_better"),
     ],
 )
 def test_malformed_scores_name_file_and_place(write, part, value, named) -> None:
@@ -105,3 +104,33 @@ def test_not_json(tmp_path) -> None:
     (tmp_path / "scores.json").write_text("{")
     with pytest.raises(DataError, match="not a scores file"):
         read_scores([tmp_path])
+
+
+def test_baselines_are_merged_and_must_agree(write) -> None:
+    def file(name, value):
+        entry = {"results": {"d": {"rouge-l": metric([value, 2.0])}}}
+        return write(one(), name, baselines={"identity": entry})
+
+    first = file("one", 1.0)
+    assert read_scores([first]).baselines["identity"]["d"]["rouge-l"].per_example == (1.0, 2.0)
+    assert read_scores([first, file("two", 1.0)]).baselines.keys() == {"identity"}
+    with pytest.raises(DataError, match="baseline 'identity': rouge-l on 'd' differs"):
+        read_scores([first, file("three", 1.5)])
+
+
+@pytest.mark.parametrize(("part", "value"), [("n", 5), ("ids", ["row-0"])])
+def test_malformed_baselines_name_their_place(write, part, value) -> None:
+    entry = {"results": {"d": {"rouge-l": {**metric([1.0, 2.0]), part: value}}}}
+    with pytest.raises(DataError, match=r"baselines\.identity\.results\.d\.rouge-l"):
+        read_scores([write(one(), baselines={"identity": entry})])
+
+
+def test_baselines_on_an_unknown_dataset(write) -> None:
+    entry = {"results": {"elsewhere": {"rouge-l": metric([1.0])}}}
+    with pytest.raises(DataError, match="baseline 'identity' has results on unknown dataset 'elsewhere'"):
+        read_scores([write(one(), baselines={"identity": entry})])
+
+
+def test_a_file_from_before_several_answers_has_one_to_each_row(write) -> None:
+    counts = read_scores([write(one())]).models["a"].counts["d"]
+    assert (counts.n, counts.answers, counts.unjudged) == (2, 2, 0)

@@ -68,7 +68,6 @@ def test_examples_without_weight_are_left_out_and_ids_are_sorted() -> None:
         ([1.0, 2.0], [1.0, -1.0], ["a", "b"]),
         ([1.0, 2.0], [1.0], ["a", "b"]),
         ([1.0, 2.0], None, ["a"]),
-        ([1.0, 2.0], None, ["a", "a"]),
     ],
 )
 def test_a_sample_that_makes_no_sense_is_refused(values, weights, ids) -> None:
@@ -127,15 +126,19 @@ def test_interval_keeps_finite_bounds_beside_infinite_draws() -> None:
         (200, lambda rng, n: rng.normal(20, 20, size=n)),
         (200, lambda rng, n: (rng.random(n) < 0.3) * 100.0),
         (300, lambda rng, n: rng.beta(0.5, 1.5, size=n) * 100),
+        (100, lambda rng, n: rng.beta(0.5, 1.5, size=n) * 100),
+        (100, lambda rng, n: np.where(rng.random(n) < 0.6, 0.0, rng.beta(0.7, 2.0, size=n) * 100)),
+        (150, lambda rng, n: 100 - rng.beta(0.3, 3.0, size=n) * 100),
     ],
-    ids=["normal", "pass-or-fail", "rouge-like"],
+    ids=["normal", "pass-or-fail", "rouge-like", "rouge-like-100", "mostly-zero", "mostly-full"],
 )
 def test_interval_covers_the_truth_95_times_in_100(n, make) -> None:
     rng = np.random.default_rng(2)
     truth = make(np.random.default_rng(1), 2_000_000).mean()
     covered = 0
+    ids = [f"{i:05d}" for i in range(n)]
     for trial in range(1000):
-        low, high = bounds(draws(sample(make(rng, n)), seed=trial, resamples=1000))
+        low, high = bounds(draws(sample(make(rng, n), ids=ids), seed=trial, resamples=1000))
         covered += low <= truth <= high
     assert 930 <= covered <= 970
 
@@ -154,6 +157,95 @@ def test_perplexity_interval_covers_the_truth_95_times_in_100() -> None:
         x, w = batch(200)
         low, high = bounds(draws(sample(x, w, "exp"), seed=trial, resamples=1000))
         covered += low <= truth <= high
+    assert 930 <= covered <= 970
+
+
+ANSWERS = 6
+"""Sampled answers per problem in the tests below."""
+
+
+def answered(chance, rng, *, grouped: bool) -> Sample:
+    """Pass or fail of some answers to each problem; ``grouped`` says which answers belong to one problem."""
+    passed = rng.random((len(chance), ANSWERS)) < chance[:, None]
+    problems = np.repeat(np.arange(len(chance)), ANSWERS)
+    ids = [f"{p:03d}" if grouped else f"{p:03d}/{i}" for i, p in enumerate(problems)]
+    return Sample.of(100.0 * passed.ravel(), None, "identity", ids)
+
+
+def coverage_over_answers(*, grouped: bool) -> float:
+    rng = np.random.default_rng(6)
+    covered = 0
+    for trial in range(1000):
+        found = answered(rng.beta(0.4, 0.8, size=100), rng, grouped=grouped)
+        low, high = bounds(draws(found, seed=trial, resamples=500))
+        covered += low <= 100 * 0.4 / 1.2 <= high
+    return covered / 1000
+
+
+def test_interval_covers_the_truth_with_several_answers_per_problem() -> None:
+    assert 0.93 <= coverage_over_answers(grouped=True) <= 0.97
+    # Problems differ in difficulty, so their answers are no independent examples.
+    assert coverage_over_answers(grouped=False) < 0.80
+
+
+def p_over_answers(*, grouped: bool) -> np.ndarray:
+    """p of two models that are equally good on the whole, and each better on other problems."""
+    rng = np.random.default_rng(7)
+    p = np.empty(1000)
+    for trial in range(1000):
+        a, b = (answered(rng.beta(0.4, 0.8, size=60), rng, grouped=grouped) for _ in range(2))
+        p[trial] = swap_test(a, b, seed=trial, permutations=400)
+    return p
+
+
+def test_p_is_not_too_small_with_several_answers_per_problem() -> None:
+    grouped, single = p_over_answers(grouped=True), p_over_answers(grouped=False)
+    for level in (0.01, 0.05, 0.1):
+        noise = 3 * math.sqrt(level * (1 - level) / 1000)
+        assert level - noise - 1 / 400 <= (grouped <= level).mean() <= level + noise
+        assert (single <= level).mean() > level + 3 * noise, "ignoring the grouping should fail"
+
+
+def test_answers_to_one_example_are_merged() -> None:
+    s = Sample.of([1.0, 10.0, 3.0, 20.0], ids=["b", "a", "b", "a"])
+    assert (s.ids, s.values.tolist(), s.weights.tolist(), s.n) == (("a", "b"), [15.0, 2.0], [1.0, 1.0], 2)
+    assert s.value == np.mean([1.0, 10.0, 3.0, 20.0])
+
+
+def test_merging_keeps_a_weighted_mean_and_one_answer_keeps_its_value() -> None:
+    rng = np.random.default_rng(8)
+    x, w = rng.normal(size=30), rng.integers(0, 9, size=30).astype(float)
+    ids = [f"{i % 10:02d}" for i in range(30)]
+    merged = Sample.of(x, w, ids=ids)
+    assert merged.value == pytest.approx((x * w).sum() / w.sum(), rel=1e-12)
+    assert merged.n == len({name for name, weight in zip(ids, w, strict=True) if weight})
+    third = 1 / 3
+    assert Sample.of([third], [0.1], ids=["a"]).values.tolist() == [third]
+
+
+def test_an_example_with_more_answers_does_not_count_for_more() -> None:
+    s = Sample.of([0.0, 0.0, 0.0, 1.0], ids=["a", "a", "a", "b"])
+    assert s.value == 0.5
+    weighted = Sample.of([0.0, 0.0, 0.0, 1.0], [2.0, 4.0, 6.0, 4.0], ids=["a", "a", "a", "b"])
+    assert weighted.weights.tolist() == [4.0, 4.0]
+
+
+def test_bootstrap_draws_examples_and_not_answers() -> None:
+    s = Sample.of([0.0] * 50 + [1.0] * 50, ids=["a"] * 50 + ["b"] * 50)
+    assert set(draws(s, seed=0, resamples=200).tolist()) == {0.0, 0.5, 1.0}
+
+
+@pytest.mark.parametrize("what", ["difference", "retention"])
+def test_paired_intervals_cover_the_truth(what: str) -> None:
+    rng, n = np.random.default_rng(9), 150
+    covered = 0
+    for trial in range(1000):
+        hard = rng.beta(0.5, 1.5, n)
+        # The student has 80 % of the teacher's score on average, but not on every example.
+        teacher, student = sample(100 * hard), sample(100 * hard * rng.beta(2.0, 0.5, n))
+        drawn = [draws(s, seed=trial, resamples=1000) for s in (student, teacher)]
+        low, high = bounds(drawn[0] - drawn[1] if what == "difference" else ratio(*drawn))
+        covered += low <= (-5.0 if what == "difference" else 0.8) <= high
     assert 930 <= covered <= 970
 
 

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from test_objective import Teacher
 
 from kdkit.testing.tiny import tiny_model
-from kdkit.train.scoring import score_examples
+from kdkit.train.scoring import score_examples, token_kl
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
@@ -40,3 +42,13 @@ def test_other_padded_vocabularies_share_their_prefix(rows):
         with torch.no_grad():
             q, p = (torch.log_softmax(m(input_ids=ids).logits[0, :-1, :259][keep], -1) for m in (student, teacher))
         assert score.teacher_kl == pytest.approx(float((p.exp() * (p - q)).sum()), rel=1e-4)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_divergences_per_token_add_up_to_those_per_example(rows, batch_size):
+    student, teacher = tiny_model(vocab=270).double(), tiny_model(seed=1).double()
+    options = {"batch_size": batch_size, "signals": Teacher(teacher), "vocabulary": 259}
+    traces = token_kl(student, rows, **options)
+    assert [len(trace) for trace in traces] == [row.targets for row in rows]
+    sums = [score.teacher_kl for score in score_examples(student, rows, **options)]
+    assert [math.fsum(trace) for trace in traces] == pytest.approx(sums, rel=1e-12)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
-from typing import Annotated, Any, Final
+from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
@@ -24,11 +23,9 @@ from kdkit.api import (
     Weighted,
     hookimpl,
 )
-from kdkit.api.protocols import DatasetLoader, Loss, Metric, RolloutEngine, StageOutputs, Teacher
+from kdkit.api.protocols import DatasetLoader, Loss, Metric, Reward, RolloutEngine, StageOutputs, Teacher
+from kdkit.plugins.stages.checks import check_distill, check_evaluate, check_generate, check_sft
 from kdkit.train.params import TrainParams
-
-_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-Problems = list[tuple[tuple[str | int, ...], str]]
 
 
 class SftParams(TrainParams):
@@ -80,11 +77,19 @@ class EvaluateParams(Params):
     data: Annotated[dict[str, Component[DatasetLoader]], BeforeValidator(_named), Field(min_length=1)]
     """Datasets by name, or one dataset."""
     metrics: list[Component[Metric]] = Field(min_length=1)
-    """Metrics; each may appear once."""
+    """Metrics; one may appear several times with other parameters, if they give it another key in the report."""
     teacher: Component[Teacher] | None = None
-    """Needed by metrics that compare distributions (teacher-kl)."""
+    """Needed by metrics that compare distributions (teacher-kl). It is loaded only after all models have answered."""
+    judge: Component[Reward] | None = None
+    """Needed by metrics of passed answers (pass-at-k): an answer passes when this reward gives it 1 or more."""
+    baselines: bool = True
+    """Score trivial answers as well (echo of the input, nothing, the most common reference) and the reference itself,
+    with the metrics that compare texts."""
     sampling: Sampling = Sampling()
     """Decoding of the answers; greedy by default."""
+    num_samples: int = Field(1, ge=1)
+    """Answers to each prompt; more than one needs do_sample. Intervals resample prompts, not answers. Metrics of
+    teacher-forced measures (perplexity, teacher-kl, exposure-bias) count each prompt once."""
     rollout: Component[RolloutEngine] = Field(default={"use": "transformers"}, validate_default=True)  # type: ignore[assignment]
     """Engine that decodes."""
     max_prompt_length: int = Field(1024, ge=1)
@@ -140,77 +145,6 @@ def _report(params: ReportParams, ctx: StageContext) -> StageOutputs:
     return run(params, ctx)
 
 
-def _check_losses(losses: list[Weighted[Loss]], gives: frozenset[str]) -> Problems:
-    """Problems of losses that this stage cannot feed; ``gives`` is what its teacher gives, empty without one."""
-    problems: Problems = []
-    for index, loss in enumerate(losses):
-        spec: Any = loss.found.spec
-        where = ("losses", index, "use")
-        if spec.loss_kind != "token":
-            problems.append((where, f"'{loss.name}' is a {spec.loss_kind} loss; this stage takes token losses"))
-        elif spec.needs and not gives:
-            problems.append((where, f"'{loss.name}' needs a teacher; use a distill stage"))
-        elif spec.needs and not spec.needs & gives:
-            wants, has = " or ".join(sorted(spec.needs)), ", ".join(sorted(gives))
-            problems.append((where, f"'{loss.name}' needs {wants}, the teacher gives {has}"))
-    names = [loss.name for loss in losses]
-    problems += [
-        (("losses", index, "use"), f"'{name}' appears twice")
-        for index, name in enumerate(names)
-        if name in names[:index]
-    ]
-    return problems
-
-
-def _check_sft(params: SftParams) -> Problems:
-    return _check_losses(params.losses, frozenset())
-
-
-def _check_distill(params: DistillParams) -> Problems:
-    spec: Any = params.teacher.found.spec
-    problems = _check_losses(params.losses, spec.gives)
-    if not any(loss.found.spec.needs for loss in params.losses if hasattr(loss.found.spec, "needs")):
-        problems.append((("losses",), "no loss uses the teacher; add one, such as forward-kl, or use an sft stage"))
-    return problems
-
-
-def _check_generate(params: GenerateParams) -> Problems:
-    spec: Any = params.teacher.found.spec
-    if "text" not in spec.gives:
-        return [(("teacher", "use"), f"'{params.teacher.name}' gives no text")]
-    return []
-
-
-def _check_evaluate(params: EvaluateParams) -> Problems:
-    problems: Problems = []
-    names = [metric.name for metric in params.metrics]
-    for index, metric in enumerate(params.metrics):
-        spec: Any = metric.found.spec
-        if "teacher-kl" in spec.needs and params.teacher is None:
-            problems.append((("metrics", index, "use"), f"'{metric.name}' needs 'teacher' in this stage"))
-        if metric.name in names[:index]:
-            problems.append((("metrics", index, "use"), f"'{metric.name}' appears twice"))
-    if params.teacher is not None:
-        teacher: Any = params.teacher.found.spec
-        if "logits" not in teacher.gives:
-            problems.append((("teacher", "use"), f"'{params.teacher.name}' gives no logits"))
-        if "teacher-kl" not in {need for metric in params.metrics for need in _needs(metric)}:
-            problems.append((("teacher",), "no metric uses the teacher; add teacher-kl, or leave the teacher out"))
-    # Names become parts of file names.
-    for slot, names_of in (("models", params.models), ("data", params.data)):
-        problems += [
-            ((slot, name), f"'{name}' is no name; use letters, digits, '.', '_' and '-'")
-            for name in names_of
-            if not _NAME.fullmatch(name)
-        ]
-    return problems
-
-
-def _needs(metric: Component[Metric]) -> frozenset[str]:
-    spec: Any = metric.found.spec
-    return frozenset(spec.needs)
-
-
 @hookimpl
 def kdkit_stages() -> Iterator[StageSpec[Any]]:
     """The stages."""
@@ -220,7 +154,7 @@ def kdkit_stages() -> Iterator[StageSpec[Any]]:
         params=SftParams,
         run=_sft,
         outputs={"model": Model},
-        check=_check_sft,
+        check=check_sft,
     )
     yield StageSpec(
         name="distill",
@@ -228,7 +162,7 @@ def kdkit_stages() -> Iterator[StageSpec[Any]]:
         params=DistillParams,
         run=_distill,
         outputs={"model": Model},
-        check=_check_distill,
+        check=check_distill,
     )
     yield StageSpec(
         name="generate",
@@ -236,7 +170,7 @@ def kdkit_stages() -> Iterator[StageSpec[Any]]:
         params=GenerateParams,
         run=_generate,
         outputs={"data": Dataset},
-        check=_check_generate,
+        check=check_generate,
     )
     yield StageSpec(
         name="evaluate",
@@ -244,7 +178,8 @@ def kdkit_stages() -> Iterator[StageSpec[Any]]:
         params=EvaluateParams,
         run=_evaluate,
         outputs={"scores": Scores},
-        check=_check_evaluate,
+        check=check_evaluate,
+        version=2,
     )
     yield StageSpec(
         name="report",
@@ -254,4 +189,5 @@ def kdkit_stages() -> Iterator[StageSpec[Any]]:
         outputs={"report": ReportFiles},
         launch="inline",
         names_recipe=True,
+        version=2,
     )

@@ -1,0 +1,151 @@
+"""What is wrong with a stage that its parameters alone show. Light: runs while a recipe is validated."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+from kdkit.api.specs import NAME
+from kdkit.plugins.stages.slots import FORCED, all_needs, metric_key, metric_needs
+
+if TYPE_CHECKING:
+    from kdkit.api import Weighted
+    from kdkit.api.protocols import Loss
+    from kdkit.plugins.stages.plugin import DistillParams, EvaluateParams, GenerateParams, SftParams
+
+__all__ = ["check_distill", "check_evaluate", "check_generate", "check_sft"]
+
+Problem: TypeAlias = tuple[tuple[str | int, ...], str]
+Problems: TypeAlias = list[Problem]
+
+_FILE_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_PASSED: Final = 1.0
+_BASELINE: Final = "baseline-"
+
+
+def _check_losses(losses: list[Weighted[Loss]], gives: frozenset[str]) -> Problems:
+    """Problems of losses that this stage cannot feed; ``gives`` is what its teacher gives, empty without one."""
+    problems: Problems = []
+    for index, loss in enumerate(losses):
+        spec: Any = loss.found.spec
+        where = ("losses", index, "use")
+        if spec.loss_kind != "token":
+            problems.append((where, f"'{loss.name}' is a {spec.loss_kind} loss; this stage takes token losses"))
+        elif spec.needs and not gives:
+            problems.append((where, f"'{loss.name}' needs a teacher; use a distill stage"))
+        elif spec.needs and not spec.needs & gives:
+            wants, has = " or ".join(sorted(spec.needs)), ", ".join(sorted(gives))
+            problems.append((where, f"'{loss.name}' needs {wants}, the teacher gives {has}"))
+    names = [loss.name for loss in losses]
+    problems += [
+        (("losses", index, "use"), f"'{name}' appears twice")
+        for index, name in enumerate(names)
+        if name in names[:index]
+    ]
+    return problems
+
+
+def check_sft(params: SftParams) -> Problems:
+    """Problems of an sft stage."""
+    return _check_losses(params.losses, frozenset())
+
+
+def check_distill(params: DistillParams) -> Problems:
+    """Problems of a distill stage."""
+    spec: Any = params.teacher.found.spec
+    problems = _check_losses(params.losses, spec.gives)
+    if not any(loss.found.spec.needs for loss in params.losses if hasattr(loss.found.spec, "needs")):
+        problems.append((("losses",), "no loss uses the teacher; add one, such as forward-kl, or use an sft stage"))
+    return problems
+
+
+def check_generate(params: GenerateParams) -> Problems:
+    """Problems of a generate stage."""
+    spec: Any = params.teacher.found.spec
+    if "text" not in spec.gives:
+        return [(("teacher", "use"), f"'{params.teacher.name}' gives no text")]
+    return []
+
+
+def check_evaluate(params: EvaluateParams) -> Problems:
+    """Problems of an evaluate stage."""
+    return [
+        *_metric_problems(params),
+        *_teacher_problems(params),
+        *_judge_problems(params),
+        *_sampling_problems(params),
+        *_name_problems(params),
+    ]
+
+
+def _metric_problems(params: EvaluateParams) -> Iterator[Problem]:
+    keys: list[str] = []
+    for index, metric in enumerate(params.metrics):
+        where, needs = ("metrics", index, "use"), metric_needs(metric)
+        if needs & FORCED and params.teacher is None:
+            yield where, f"'{metric.name}' needs 'teacher' in this stage"
+        if "verdict" in needs and params.judge is None:
+            yield where, f"'{metric.name}' needs 'judge' in this stage: the reward that says whether an answer passes"
+        # pass@k is undefined for fewer answers; that would show only after all of them were made.
+        k = getattr(metric.params, "k", 1) if "verdict" in needs else 1
+        if isinstance(k, int) and k > params.num_samples:
+            yield (
+                ("metrics", index, "k"),
+                f"k = {k} needs num_samples of {k} or more, this stage has {params.num_samples}",
+            )
+        key = metric_key(metric)
+        if not NAME.fullmatch(key):
+            yield where, f"'{metric.name}' gives itself the key '{key}', which is not kebab-case"
+        elif key in keys:
+            first = keys.index(key)
+            yield where, f"'{metric.name}' appears twice as '{key}' (first as metrics.{first})"
+        keys.append(key)
+
+
+def _teacher_problems(params: EvaluateParams) -> Iterator[Problem]:
+    if params.teacher is None:
+        return
+    needs, spec = all_needs(params.metrics), _spec(params.teacher)
+    if not needs & FORCED:
+        yield ("teacher",), "no metric uses the teacher; add teacher-kl, or leave the teacher out"
+    if "logits" not in spec.gives:
+        yield ("teacher", "use"), f"'{params.teacher.name}' gives no logits"
+    if "exposure" in needs and "text" not in spec.gives:
+        using = ", ".join(f"'{metric.name}'" for metric in params.metrics if "exposure" in metric_needs(metric))
+        yield ("teacher", "use"), f"'{params.teacher.name}' gives no text, which {using} needs"
+
+
+def _judge_problems(params: EvaluateParams) -> Iterator[Problem]:
+    if params.judge is None:
+        return
+    if "verdict" not in all_needs(params.metrics):
+        yield ("judge",), "no metric uses the judge; add pass-at-k, or leave the judge out"
+    highest = _spec(params.judge).range[1]
+    if highest < _PASSED:
+        yield ("judge", "use"), f"'{params.judge.name}' never gives more than {highest:g}, and an answer passes at 1"
+
+
+def _sampling_problems(params: EvaluateParams) -> Iterator[Problem]:
+    if params.num_samples > 1 and not params.sampling.do_sample:
+        yield ("num_samples",), "greedy decoding gives the same answer every time; set sampling.do_sample: true"
+
+
+def _name_problems(params: EvaluateParams) -> Iterator[Problem]:
+    """Names become parts of file names: MODEL--DATASET.jsonl."""
+    for slot, names in (("models", params.models), ("data", params.data)):
+        for name in names:
+            if not _FILE_NAME.fullmatch(name):
+                yield (slot, name), f"'{name}' is no name; use letters, digits, '.', '_' and '-'"
+            elif slot == "models" and name.startswith(_BASELINE):
+                yield (slot, name), f"names that start with '{_BASELINE}' are those of the trivial baselines"
+    seen: dict[str, str] = {}
+    for model in params.models:
+        for data in params.data:
+            other = seen.setdefault(f"{model}--{data}", model)
+            if other != model:
+                yield ("models", model), f"'{model}' on '{data}' has the file name of '{other}' on another dataset"
+
+
+def _spec(component: Any) -> Any:
+    return component.found.spec

@@ -1,0 +1,49 @@
+"""Verdicts on answers, from a reward whose best score is 1."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final
+
+from kdkit.api.data import RewardScore, Rollout
+from kdkit.api.errors import StageError
+
+if TYPE_CHECKING:
+    from kdkit.api import Completion, Example, Reward
+
+__all__ = ["PASSED", "verdicts"]
+
+PASSED: Final = 1.0
+"""The reward of an answer that passes all its tests."""
+
+
+def verdicts(
+    judge: Reward, name: str, prompts: Sequence[str], rows: Sequence[Example], answers: Sequence[Completion]
+) -> tuple[list[bool | None], Counter[str]]:
+    """Whether each answer passed (None when it could not be judged), and how many could not, by reason.
+
+    Args:
+        judge: The reward.
+        name: What the recipe calls it, for errors.
+        prompts: Prompt text of every row.
+        rows: The examples.
+        answers: Row by row, as many to each.
+
+    Raises:
+        StageError: The judge gave another number of scores than answers.
+    """
+    samples = len(answers) // len(rows)
+    rollouts = [
+        Rollout(prompts[i // samples], answer.text, answer.token_ids, rows[i // samples], answer.truncated)
+        for i, answer in enumerate(answers)
+    ]
+    scores = judge(rollouts)
+    if len(scores) != len(rollouts):
+        raise StageError(f"{len(scores)} scores for {len(rollouts)} answers", where=f"judge {name}")
+    unjudged = Counter[str](score.status for score in scores if _verdict(score) is None)
+    return [_verdict(score) for score in scores], unjudged
+
+
+def _verdict(score: RewardScore) -> bool | None:
+    return score.value >= PASSED if score.status == "ok" and score.value is not None else None

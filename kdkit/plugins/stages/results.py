@@ -1,0 +1,149 @@
+"""From answers to predictions, from predictions to ``scores.json``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from kdkit.api.data import Completion, Example, MetricResult, Prediction
+from kdkit.api.errors import DataError, StageError
+from kdkit.plugins.stages.baselines import baseline_predictions
+from kdkit.plugins.stages.forced import Forced
+from kdkit.plugins.stages.slots import metric_key, metric_needs
+
+if TYPE_CHECKING:
+    from kdkit.api import Component, Metric, StageContext
+    from kdkit.train.scoring import ExampleScore
+
+__all__ = ["Answered", "Results"]
+
+_PER_ROW: Final = frozenset({"nll", "teacher-kl", "exposure"})
+"""Needs that are measured once per row, whatever number of answers it has."""
+
+
+@dataclass(slots=True)
+class Answered:
+    """Everything that one model gave on one dataset.
+
+    Attributes:
+        prompts: Prompt text of every row.
+        completions: Row by row, the samples of a row together; empty when nothing was decoded.
+        verdicts: One per completion; empty without a judge.
+        forced: Teacher-forced measures.
+    """
+
+    prompts: Sequence[str] = ()
+    completions: Sequence[Completion] = ()
+    verdicts: Sequence[bool | None] = ()
+    forced: Forced = field(default_factory=Forced)
+
+    def predictions(self, rows: Sequence[Example]) -> list[Prediction]:
+        """One per completion, or one per row when nothing was decoded.
+
+        Measures and traces belong to a row, not to an answer: they stand at its first sample, so that a mean over
+        tokens counts each row once.
+        """
+        samples = max(1, len(self.completions) // len(rows))
+        return [
+            self._prediction(row, place, place * samples + sample, sample)
+            for place, row in enumerate(rows)
+            for sample in range(samples)
+        ]
+
+    def counts(self, rows: int) -> dict[str, int]:
+        """Rows, answers, and answers that are cut off, empty, or could not be judged."""
+        return {
+            "n": rows,
+            "answers": len(self.completions),
+            "truncated": sum(answer.truncated for answer in self.completions),
+            "empty": sum(not answer.text.strip() for answer in self.completions),
+            "unjudged": sum(verdict is None for verdict in self.verdicts),
+        }
+
+    def _prediction(self, row: Example, place: int, index: int, sample: int) -> Prediction:
+        answer = self.completions[index] if self.completions else None
+        first = sample == 0
+        return Prediction(
+            prompt=self.prompts[place],
+            text=answer.text if answer else "",
+            references=row.targets,
+            id=row.id,
+            category=row.category,
+            truncated=bool(answer and answer.truncated),
+            sample=sample,
+            verdict=self.verdicts[index] if self.verdicts else None,
+            measures=_measures(self.forced.scores.get(row.id)) if first else {},
+            traces=self.forced.traces.get(row.id, {}) if first else {},
+            extra=row.extra,
+        )
+
+
+class Results:
+    """Scores predictions with all metrics and keeps the predictions.
+
+    Args:
+        metrics: The recipe's metrics; each is built once.
+        ctx: The stage's context.
+        directory: Where predictions go.
+    """
+
+    def __init__(self, metrics: Sequence[Component[Metric]], ctx: StageContext, directory: Path) -> None:
+        self._metrics = {metric_key(metric): (metric, ctx.build(metric)) for metric in metrics}
+        self._directory, self._log = directory, ctx.log
+        directory.mkdir(parents=True, exist_ok=True)
+
+    def score(self, predictions: Sequence[Prediction]) -> dict[str, Any]:
+        """Metric key to result. A metric of teacher-forced measures sees the first sample of every row only."""
+        rows = [prediction for prediction in predictions if prediction.sample == 0]
+        return {
+            key: _result(key, pair, rows if metric_needs(pair[0]) & _PER_ROW else predictions)
+            for key, pair in self._metrics.items()
+        }
+
+    def baselines(self, data: Mapping[str, Sequence[Example]]) -> dict[str, Any]:
+        """Baseline to ``{"results": {DATASET: {KEY: ...}}}``, for metrics that compare the answer's text only."""
+        chosen = {key: pair for key, pair in self._metrics.items() if metric_needs(pair[0]) == {"completion"}}
+        found: dict[str, Any] = {}
+        for dataset, rows in data.items() if chosen else ():
+            for name, predictions in baseline_predictions(rows).items():
+                self.write(f"baseline-{name}", dataset, predictions)
+                entry = found.setdefault(name, {"results": {}})["results"].setdefault(dataset, {})
+                for key, pair in chosen.items():
+                    try:
+                        entry[key] = _result(key, pair, predictions)
+                    except DataError as error:  # distinct words of empty answers, say, are undefined
+                        self._log(f"{dataset}: the {name} baseline has no {key}: {error.what}")
+        return found
+
+    def write(self, name: str, dataset: str, predictions: Sequence[Prediction]) -> None:
+        """Write one predictions file: one JSON object a line, without the example's extra columns."""
+        file = self._directory / f"{name}--{dataset}.jsonl"
+        # A lone surrogate in a text becomes its JSON escape.
+        with file.open("w", encoding="utf-8", errors="backslashreplace") as out:
+            for prediction in predictions:
+                # The tests of one programming problem can take megabytes, for every answer of every model.
+                slim = asdict(replace(prediction, extra={}))
+                out.write(json.dumps(slim, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _result(key: str, pair: tuple[Component[Metric], Metric], predictions: Sequence[Prediction]) -> dict[str, Any]:
+    component, metric = pair
+    result: MetricResult = metric.score(predictions)
+    if len(result.per_example) != result.n or (result.ids and len(result.ids) != result.n):
+        raise StageError("per_example, ids and n disagree", where=f"metric {key}")
+    spec: Any = component.found.spec
+    ids = result.ids or tuple(prediction.id for prediction in predictions)
+    if len(ids) != result.n:
+        raise StageError(f"{result.n} of {len(ids)} predictions scored, without their ids", where=f"metric {key}")
+    facts = {"higher_is_better": spec.higher_is_better, "unit": spec.unit, "ids": list(ids)}
+    return {**asdict(result), **facts}
+
+
+def _measures(score: ExampleScore | None) -> dict[str, float]:
+    if score is None:
+        return {}
+    measures = {"nll": score.nll, "tokens": float(score.tokens)}
+    return measures if score.teacher_kl is None else {**measures, "teacher_kl": score.teacher_kl}
