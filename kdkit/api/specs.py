@@ -128,8 +128,9 @@ class MetricSpec(Spec[P]):
 
     Attributes:
         higher_is_better: Direction, for reports and best checkpoints; None where neither end is better.
-        needs: ``completion`` (generated answers), ``nll`` and ``teacher-kl`` (teacher-forced passes), ``verdict``
-            (answers judged by a reward), ``exposure`` (traces on the model's own and on the teacher's answers).
+        needs: ``completion`` (generated answers), ``reference`` (answers to compare them with), ``nll`` and
+            ``teacher-kl`` (teacher-forced passes), ``verdict`` (answers judged by a reward), ``exposure`` (traces on
+            the model's own and on the teacher's answers).
         key: The metric's key in reports, where it depends on the parameters (``pass-at-1``); the name otherwise.
         unit: Shown in the report's header, such as ``0-100`` or ``nats/token``.
     """
@@ -137,7 +138,9 @@ class MetricSpec(Spec[P]):
     kind: ClassVar[str] = "metric"
     build: Callable[[P], Metric]
     higher_is_better: bool | None
-    needs: frozenset[Literal["completion", "nll", "teacher-kl", "verdict", "exposure"]] = frozenset({"completion"})
+    needs: frozenset[Literal["completion", "reference", "nll", "teacher-kl", "verdict", "exposure"]] = frozenset(
+        {"completion", "reference"}
+    )
     key: Callable[[P], str] | None = None
     unit: str = ""
 

@@ -245,6 +245,7 @@ def _of_answers_alone() -> Iterator[MetricSpec[Any]]:
         build=_parse_rate,
         higher_is_better=True,
         unit="0-100",
+        needs=frozenset({"completion"}),
     )
     yield MetricSpec(
         name="pass-at-k",
@@ -264,6 +265,7 @@ def _of_answers_alone() -> Iterator[MetricSpec[Any]]:
         key=lambda params: f"distinct-{params.n}",
         higher_is_better=True,
         unit="0-100",
+        needs=frozenset({"completion"}),
     )
     yield MetricSpec(
         name="length",
@@ -272,6 +274,7 @@ def _of_answers_alone() -> Iterator[MetricSpec[Any]]:
         build=_length,
         higher_is_better=None,
         unit="characters",
+        needs=frozenset({"completion"}),
     )
 
 

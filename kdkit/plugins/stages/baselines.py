@@ -24,14 +24,15 @@ def baseline_predictions(rows: Sequence[Example]) -> dict[str, list[Prediction]]
     * ``empty`` says nothing;
     * ``majority`` gives the most common first reference of these rows everywhere; absent where none occurs twice;
     * ``reference`` gives the first reference: the upper bound.
+
+    Rows without references have the first two only.
     """
-    common, count = Counter(row.targets[0] for row in rows).most_common(1)[0]
-    texts = {
-        "identity": [row.echo or _last_user_text(row) for row in rows],
-        "empty": [""] * len(rows),
-        **({"majority": [common] * len(rows)} if count > 1 else {}),
-        "reference": [row.targets[0] for row in rows],
-    }
+    texts = {"identity": [row.echo or _last_user_text(row) for row in rows], "empty": [""] * len(rows)}
+    if all(row.targets for row in rows):
+        common, count = Counter(row.targets[0] for row in rows).most_common(1)[0]
+        if count > 1:
+            texts["majority"] = [common] * len(rows)
+        texts["reference"] = [row.targets[0] for row in rows]
     return {name: [_prediction(*pair) for pair in zip(rows, answers, strict=True)] for name, answers in texts.items()}
 
 

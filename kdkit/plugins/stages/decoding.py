@@ -9,15 +9,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from kdkit.api.protocols import RolloutModel
-from kdkit.train.encoding import encode_prompts
+from kdkit.plugins.stages.questions import prompt_ids
 
 if TYPE_CHECKING:
     from kdkit.api import Completion, Example, StageContext
-    from kdkit.models.chat import ChatEncoder
     from kdkit.plugins.stages.plugin import EvaluateParams
     from kdkit.plugins.stages.subjects import Subject
 
-__all__ = ["Decoded", "answer_seed", "decode", "prompt_ids"]
+__all__ = ["Decoded", "answer_seed", "decode"]
 
 
 @dataclass(slots=True)
@@ -73,9 +72,3 @@ def decode(
 def answer_seed(seed: int, row: str, sample: int) -> int:
     """The seed of one answer, 0 to 2**63 - 1: by row and sample, wherever the row stands among the others."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{sample}/{row}".encode()).digest()[:8], "big") % 2**63
-
-
-def prompt_ids(encoder: ChatEncoder, dataset: str, rows: Sequence[Example], params: EvaluateParams) -> list[list[int]]:
-    """Token ids of every prompt. Raises ``DataError`` for one over ``max_prompt_length``."""
-    limit = params.max_prompt_length
-    return encode_prompts(rows, encoder, max_prompt_length=limit, name=f"dataset {dataset}")

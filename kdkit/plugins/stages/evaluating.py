@@ -7,21 +7,20 @@ need the teacher, each model is then loaded a second time for the teacher-forced
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from kdkit.api.artifacts import Model, Scores
-from kdkit.api.data import Example
 from kdkit.api.errors import DataError, Stopped
 from kdkit.models.chat import ChatEncoder
 from kdkit.models.load import Vocabulary, check_same_vocabulary, load_tokenizer, vocabulary
 from kdkit.models.pretrained import read_config
-from kdkit.plugins.stages.decoding import Decoded, decode, prompt_ids
+from kdkit.plugins.stages.decoding import Decoded, decode
 from kdkit.plugins.stages.forced import Forcing
 from kdkit.plugins.stages.judging import verdicts
 from kdkit.plugins.stages.memory import PeakMemory, release_memory
+from kdkit.plugins.stages.questions import load_questions, prompt_ids, without_overlong
 from kdkit.plugins.stages.results import Answered, Results
 from kdkit.plugins.stages.slots import DECODED, FORCED, all_needs
 from kdkit.plugins.stages.subjects import Subject, facts, load_subject
@@ -53,7 +52,7 @@ class _Evaluation:
         self.needs = all_needs(params.metrics)
         self.decodes, self.with_teacher = bool(self.needs & DECODED), bool(self.needs & FORCED)
         self.models: dict[str, Model] = {name: ctx.resolve(ref) for name, ref in params.models.items()}
-        self.data = {name: _with_references(ctx, name, component) for name, component in params.data.items()}
+        self.data = load_questions(params, ctx)
         self.answered = {(model, dataset): Answered() for model in self.models for dataset in self.data}
         self.facts: dict[str, dict[str, Any]] = {}
         passes = [self.decodes, self.params.judge is not None, self.with_teacher or "nll" in self.needs]
@@ -82,12 +81,15 @@ class _Evaluation:
         if self.with_teacher and self.decodes:
             with self._teacher() as teacher:
                 theirs = teacher.vocabulary
+        encoders: dict[str, ChatEncoder] = {}
         for name, artifact in self.models.items():
             tokenizer = load_tokenizer(artifact)
+            encoders[name] = ChatEncoder(tokenizer)
             if theirs is not None:
                 config = read_config(artifact.path, trust_remote_code=artifact.trust_remote_code)
                 check_same_vocabulary(vocabulary(tokenizer, config), theirs)
-            encoder = ChatEncoder(tokenizer)
+        self.data = without_overlong(self.data, list(encoders.values()), self.params, self.ctx)
+        for name, encoder in encoders.items():
             for dataset, rows in self.data.items():
                 prompt_ids(encoder, dataset, rows, self.params)
                 self.answered[name, dataset].prompts = [encoder.prompt_text(row) for row in rows]
@@ -189,13 +191,3 @@ class _Evaluation:
         scores = {"models": models, "baselines": baselines, "datasets": datasets}
         text = json.dumps(scores, indent=1, allow_nan=False)
         (self.root / "scores.json").write_text(text, encoding="utf-8")
-
-
-def _with_references(ctx: StageContext, name: str, component: Any) -> list[Example]:
-    rows = [row for row in ctx.load(component).examples if row.targets]
-    if not rows:
-        raise DataError("no row has a reference to score against", where=f"dataset {name}")
-    repeated = [row for row, count in Counter(row.id for row in rows).items() if count > 1]
-    if repeated:
-        raise DataError(f"{len(repeated)} ids stand for several rows, such as {repeated[0]!r}", where=f"dataset {name}")
-    return rows

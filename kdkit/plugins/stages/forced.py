@@ -48,9 +48,9 @@ class Forcing:
             self._shared = check_same_vocabulary(vocabulary(subject.tokenizer, subject.model), teacher.vocabulary)
 
     def references(self, dataset: str, rows: Sequence[Example]) -> dict[str, ExampleScore]:
-        """Scores of the first reference of every row that fits ``max_length``, by example id."""
+        """Scores of the first reference of every row that has one and fits ``max_length``, by example id."""
         limit = self._params.max_length
-        encoded = [self._subject.encoder.training(_answered(row)) for row in rows]
+        encoded = [self._subject.encoder.training(_answered(row)) for row in rows if row.targets]
         fitting = [row for row in encoded if len(row.ids) <= limit and row.targets]
         if len(fitting) < len(encoded):
             self._log(f"{dataset}: {len(encoded) - len(fitting)} rows over max_length={limit} have no perplexity")

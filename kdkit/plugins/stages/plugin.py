@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
@@ -93,7 +93,9 @@ class EvaluateParams(Params):
     rollout: Component[RolloutEngine] = Field(default={"use": "transformers"}, validate_default=True)  # type: ignore[assignment]
     """Engine that decodes."""
     max_prompt_length: int = Field(1024, ge=1)
-    """A longer prompt is an error: every model answers the same prompts."""
+    """Longest prompt in tokens."""
+    overlong_prompts: Literal["fail", "drop"] = "fail"
+    """A prompt that is too long for any of the models is an error, or is left out for all of them, and counted."""
     max_length: int = Field(2048, ge=2)
     """Prompt and reference together, for teacher-forced metrics; longer rows are left out and counted."""
     per_device_eval_batch_size: int = Field(16, ge=1)

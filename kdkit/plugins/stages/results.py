@@ -12,7 +12,7 @@ from kdkit.api.data import Completion, Example, MetricResult, Prediction
 from kdkit.api.errors import DataError, StageError
 from kdkit.plugins.stages.baselines import baseline_predictions
 from kdkit.plugins.stages.forced import Forced
-from kdkit.plugins.stages.slots import metric_key, metric_needs
+from kdkit.plugins.stages.slots import metric_key, metric_needs, needs_reference
 
 if TYPE_CHECKING:
     from kdkit.api import Component, Metric, StageContext
@@ -101,17 +101,21 @@ class Results:
         return {
             key: _result(key, pair, rows if metric_needs(pair[0]) & _PER_ROW else predictions)
             for key, pair in self._metrics.items()
+            if predictions[0].references or not needs_reference(pair[0])
         }
 
     def baselines(self, data: Mapping[str, Sequence[Example]]) -> dict[str, Any]:
         """Baseline to ``{"results": {DATASET: {KEY: ...}}}``, for metrics that compare the answer's text only."""
-        chosen = {key: pair for key, pair in self._metrics.items() if metric_needs(pair[0]) == {"completion"}}
+        texts = {"completion", "reference"}
+        chosen = {key: pair for key, pair in self._metrics.items() if metric_needs(pair[0]) <= texts}
         found: dict[str, Any] = {}
         for dataset, rows in data.items() if chosen else ():
             for name, predictions in baseline_predictions(rows).items():
                 self.write(f"baseline-{name}", dataset, predictions)
                 entry = found.setdefault(name, {"results": {}})["results"].setdefault(dataset, {})
                 for key, pair in chosen.items():
+                    if needs_reference(pair[0]) and not rows[0].targets:
+                        continue
                     try:
                         entry[key] = _result(key, pair, predictions)
                     except DataError as error:  # distinct words of empty answers, say, are undefined

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from kdkit.api import Component, Metric
 
-__all__ = ["DECODED", "FORCED", "all_needs", "metric_key", "metric_needs"]
+__all__ = ["DECODED", "FORCED", "all_needs", "metric_key", "metric_needs", "needs_reference"]
 
 DECODED: Final = frozenset({"completion", "verdict", "exposure"})
 """Needs that ask for generated answers."""
@@ -26,6 +26,11 @@ def metric_needs(metric: Component[Metric]) -> frozenset[str]:
     """What the metric's spec says it needs."""
     spec: Any = metric.found.spec
     return frozenset(spec.needs)
+
+
+def needs_reference(metric: Component[Metric]) -> bool:
+    """Whether the metric says nothing about a row that has no reference."""
+    return bool(metric_needs(metric) & {"reference", "nll", "teacher-kl"})
 
 
 def all_needs(metrics: Iterable[Component[Metric]]) -> frozenset[str]:

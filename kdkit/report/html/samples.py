@@ -168,7 +168,8 @@ def _opening(prompt: str, before: int, after: int) -> str:
 def _metric(scores: MergedScores, dataset: str, models: Mapping[str, Path]) -> str:
     """The metric to rank by: one that scores answers (per-token means score references) and tells them apart."""
     results = [(name, r) for model in models for name, r in scores.models[model].results.get(dataset, {}).items()]
-    usable = [(name, r) for name, r in results if r.weights is None and r.link == "identity" and r.ids]
+    ranks = [(name, r) for name, r in results if r.higher_is_better is not None and r.ids]
+    usable = [(name, r) for name, r in ranks if r.weights is None and r.link == "identity"]
     graded = [name for name, r in usable if len(set(r.per_example)) > 2]
     names = graded or [name for name, _ in usable]
     return names[0] if names else ""
@@ -188,7 +189,7 @@ def _focus(scores: MergedScores, dataset: str, metric: str, roles: Mapping[str, 
 
 def _higher(scores: MergedScores, dataset: str, metric: str) -> bool:
     found = (model.results.get(dataset, {}).get(metric) for model in scores.models.values())
-    return next((result.higher_is_better for result in found if result is not None), True)
+    return next((result.higher_is_better is not False for result in found if result is not None), True)
 
 
 def _by_id(result: MetricScores | None) -> dict[str, float]:
