@@ -228,8 +228,8 @@ def limits(report: Report) -> list[str]:
     lines += _sampling_limits(report)
     if any(e["ci95"] and e["n"] < _FEW for m in report["models"].values() for e in m["metrics"].values()):
         lines.append(
-            f"Intervals from fewer than {_FEW} examples tend to be too narrow: from 20 examples of skewed scores, a 95 % "
-            "interval holds the truth about 90 times in 100."
+            f"Intervals from fewer than {_FEW} examples tend to be too narrow: from 20 examples of skewed scores, a 95 "
+            "% interval holds the truth about 90 times in 100."
         )
     if report["pairs"]:
         chance = f"one in 20 falls below {ALPHA} where no model differs"
