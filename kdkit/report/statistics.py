@@ -5,7 +5,9 @@ the example's token count (per-token means), ``link`` the identity or ``exp`` (p
 
 * **Intervals** are percentile bootstraps over examples (Efron and Tibshirani 1993, chapter 13). Resamples depend only
   on the seed and on n, and samples are sorted by id, so two samples over the same ids share their resamples: a
-  difference or ratio of their draws is the paired bootstrap.
+  difference or ratio of their draws is the paired bootstrap. From 100 examples on they hold the truth 94 to 96 times
+  in 100, for bounded and skewed scores as well; BCa and studentised intervals were no better there, and the latter fail
+  for pass or fail. Below 50 examples all three are too narrow where scores are mostly zero.
 * **p-values** come from a paired permutation test. If the two models were exchangeable, swapping which of them gave
   which ``(w, x)`` on any example would not change the joint distribution; each permutation swaps a random half of the
   examples and recomputes the difference of the weighted means. For plain means that is the sign-flip test on the

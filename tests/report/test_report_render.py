@@ -271,3 +271,10 @@ def test_a_variant_of_a_metric_has_its_caveat(write) -> None:
     models = {"a": model({"d": {"rouge-l-code": metric([1.0, 2.0])}})}
     lines = views.limits(collect([write(models)], recipe="r", seed=1))
     assert any(line.startswith("ROUGE-L counts shared words") for line in lines)
+
+
+def test_few_examples_are_a_limit(write) -> None:
+    for n, wanted in ((49, True), (50, False)):
+        models = {"a": model({"d": {"m": metric([float(i) for i in range(n)])}})}
+        lines = views.limits(collect([write(models, f"n{n}")], recipe="r", seed=1))
+        assert any("fewer than 50 examples" in line for line in lines) is wanted

@@ -56,7 +56,7 @@ class _Evaluation:
         self.answered = {(model, dataset): Answered() for model in self.models for dataset in self.data}
         self.facts: dict[str, dict[str, Any]] = {}
         passes = [self.decodes, self.params.judge is not None, self.with_teacher or "nll" in self.needs]
-        self.steps = sum(passes) * len(self.answered)
+        self.steps = max(1, sum(passes) * len(self.answered))
         self.done = 0
 
     def run(self) -> StageOutputs:
