@@ -93,7 +93,7 @@ def test_rows_are_removed_counted_and_named(load_context, file):
     shared = sentence(1)
     train = [row(sentence(n)) for n in range(10, 30)]
     train += [row(f"Explain this to me: {shared}"), row("Who?", f"So: {shared.upper()}"), row("Who?", context=shared)]
-    train += [row("name a BIRD"), row("Name a fish.")]
+    train += [row("name a BIRD"), row("Name a fish."), row(f"About {shared}", context="Other things.")]
     rows = load(
         load_context,
         source=file("train", *train),
@@ -102,15 +102,13 @@ def test_rows_are_removed_counted_and_named(load_context, file):
             "against": {"use": "dolly", "source": file("eval", row(shared), row("Name a bird.")), "split": "all"}
         },
     )
-    assert rows.counts["contaminated"] == 4
-    assert rows.counts["kept"] == 21
-    assert rows.counts["read"] == 25
+    assert rows.counts == {"read": 26, "kept": 21, "broken": 0, "contaminated": 5}
     assert not any(shared in (e.prompt[0].content + e.completion).casefold() for e in rows.examples)
     assert any(e.prompt == (Message("user", "Name a fish."),) for e in rows.examples)
     (line,) = load_context.lines
-    assert "train.jsonl: decontaminate: 4 of 25 rows share 13 words in a row, or a whole shorter prompt, with " in line
+    assert "train.jsonl: decontaminate: 5 of 26 rows share 13 words in a row, or a whole shorter prompt, with " in line
     names = line.split("removed: ")[1].split(", ")
-    assert len(names) == 4
+    assert len(names) == 5
     assert names == sorted(names)
     assert not set(names) & {e.id for e in rows.examples}
 

@@ -319,7 +319,7 @@ def test_a_broken_item_of_a_json_list_is_named_and_its_neighbours_are_read(tmp_p
         (b"[" * 100_000, ":[1]: is nested too deeply"),
         (b'[{"a": 1}, ' + b"[" * 10_000 + b"]" * 10_000 + b"]", ":[2]: is nested too deeply"),
         (b'[{"a": "\xff"}]', ": is not UTF-8 at byte 9"),
-        (b'[{"a": "' + "ñ".encode() * 70_000 + b'\xe2\x82"}]', ":[1]: is not UTF-8 at byte 140,009"),
+        (b'[ {"a": "' + "ñ".encode() * 70_000 + b'\xe2\x82"}]', ":[1]: is not UTF-8 at byte 140,010"),
         (b'[{"a": ' + b"9" * 5000 + b"}]", ":[1]: is not JSON: Exceeds the limit"),
     ],
 )
@@ -360,6 +360,14 @@ def test_parquet_bombs_stop(tmp_path, monkeypatch):
         assert f"{name}.parquet: grows to more than " in one_line(error)
 
 
+def test_a_parquet_file_that_says_it_is_a_bomb_is_not_unpacked(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "EXPANSION_FROM", 1_000_000)
+    pq.write_table(pa.table({"a": ["x" * 3_000_000]}), tmp_path / "x.parquet", use_dictionary=False, compression="zstd")
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", None)
+    with pytest.raises(DataError, match="grows to more than "):
+        list(read_rows(tmp_path / "x.parquet"))
+
+
 def test_large_parquet_batches_become_objects_one_by_one(tmp_path, monkeypatch):
     monkeypatch.setattr(readers, "_BATCH_BYTES", 100)
     pq.write_table(pa.table({"a": [f"{n:0200}" for n in range(70)]}), tmp_path / "x.parquet")
@@ -370,6 +378,8 @@ def test_a_long_text_is_refused_and_a_list_of_tokens_is_not(tmp_path, monkeypatc
     monkeypatch.setattr(values, "MAX_TEXT", 10)
     file = write(tmp_path / "x.jsonl", b'{"a": "0123456789"}\n{"a": "0123456789x"}\n{"a": ["012345", "6789x"]}\n')
     assert [row.problem for row in read_rows(file)] == ["", "'a' is longer than 10 characters", ""]
+    (row,) = read_rows(write(tmp_path / "y.jsonl", b'{"a": ["0123456789x", "b"]}'))
+    assert row.problem == "'a' is longer than 10 characters"
 
 
 @pytest.mark.parametrize(
