@@ -81,7 +81,7 @@ def collect(
         "recipe": recipe,
         "seed": seed,
         "roles": {"teacher": roles.teacher, "baseline": roles.baseline, "reference": roles.reference},
-        "datasets": {name: {"n": facts.n} for name, facts in scores.datasets.items()},
+        "datasets": {name: {"n": facts.n, "overlong": facts.overlong} for name, facts in scores.datasets.items()},
         "models": models,
         "baselines": baselines,
         "pairs": [row for column in columns for row in pair_rows(column, pairs, bootstrap, notes)],
@@ -262,7 +262,12 @@ def _all_notes(
 ) -> list[str]:
     for column in columns:
         note_trivial(column, bootstrap, notes)
-    return [*scores.notes, *_training_notes(scores, roles), *notes.lines()]
+    long = [
+        f"{name}: {facts.overlong} prompts were too long and are not asked"
+        for name, facts in scores.datasets.items()
+        if facts.overlong
+    ]
+    return [*scores.notes, *long, *_training_notes(scores, roles), *notes.lines()]
 
 
 def _training_notes(scores: MergedScores, roles: Roles) -> list[str]:

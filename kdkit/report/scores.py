@@ -82,9 +82,10 @@ class _BaselineScores(_Part):
 
 
 class DatasetFacts(_Part):
-    """Size of a test set and the category of each example."""
+    """Size of a test set, how many prompts were too long to be asked, and the category of each example."""
 
     n: int
+    overlong: int = 0
     categories: dict[str, str] = {}
 
 

@@ -53,6 +53,7 @@ class _Evaluation:
         self.decodes, self.with_teacher = bool(self.needs & DECODED), bool(self.needs & FORCED)
         self.models: dict[str, Model] = {name: ctx.resolve(ref) for name, ref in params.models.items()}
         self.data = load_questions(params, ctx)
+        self.loaded = {name: len(rows) for name, rows in self.data.items()}
         self.answered = {(model, dataset): Answered() for model in self.models for dataset in self.data}
         self.facts: dict[str, dict[str, Any]] = {}
         passes = [self.decodes, self.params.judge is not None, self.with_teacher or "nll" in self.needs]
@@ -185,7 +186,11 @@ class _Evaluation:
         self.ctx.progress(self.steps, self.steps)
         baselines = self.results.baselines(self.data) if self.params.baselines else {}
         datasets = {
-            name: {"n": len(rows), "categories": {row.id: row.category for row in rows}}
+            name: {
+                "n": len(rows),
+                "overlong": self.loaded[name] - len(rows),
+                "categories": {row.id: row.category for row in rows},
+            }
             for name, rows in self.data.items()
         }
         scores = {"models": models, "baselines": baselines, "datasets": datasets}
