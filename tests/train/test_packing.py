@@ -31,14 +31,8 @@ def model_of(kind, **changes):
     torch.manual_seed(0)
     settings = {**SMALL, **changes}
     if kind == "gpt2":
-        settings = {
-            "vocab_size": 259,
-            "n_embd": 32,
-            "n_layer": 2,
-            "n_head": 4,
-            "n_positions": 64,
-            "initializer_range": 0.2,
-        }
+        settings = {"vocab_size": 259, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "bos_token_id": 1}
+        settings |= {"eos_token_id": 1, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     return AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**settings, pad_token_id=0)).double().eval()
 
 
