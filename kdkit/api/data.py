@@ -155,18 +155,21 @@ class MetricResult:
 
 @dataclass(frozen=True, slots=True)
 class TokenBatch:
-    """Padded token ids of B sequences, on the device of the model that reads them.
+    """Token ids of sequences, padded or laid end to end, on the device of the model that reads them.
 
     Attributes:
         input_ids: [B, T] int64.
-        attention_mask: [B, T] int64, 1 for real tokens, made from lengths and never from ``ids != pad``.
-        position_ids: [B, T] int64, counting real tokens from 0 whichever side is padded.
-        labels_mask: [B, T] bool, True where the token at t is learned from position t - 1; never True at t = 0.
-        example_ids: B ids.
+        attention_mask: [B, T] int64, 1 for real tokens, made from lengths and never from ``ids != pad``. None when
+            several sequences share a row: each starts where ``position_ids`` is 0 and must not see the others, which a
+            model of transformers takes from the position ids; ``kdkit.train.packing.unpack`` pads such a batch.
+        position_ids: [B, T] int64, counting the tokens of a sequence from 0 whichever side is padded.
+        labels_mask: [B, T] bool, True where the token at t is learned from position t - 1; never True at the first
+            token of a sequence.
+        example_ids: Ids of the sequences, row by row.
     """
 
     input_ids: Tensor
-    attention_mask: Tensor
+    attention_mask: Tensor | None
     position_ids: Tensor
     labels_mask: Tensor
     example_ids: tuple[str, ...] = ()

@@ -6,6 +6,7 @@ V vocabulary entries for a dense teacher, and the K kept entries plus one tail b
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +17,16 @@ from kdkit.api.errors import ConformanceError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["forward_kl", "log_classes", "upcast"]
+__all__ = [
+    "adaptive_kl",
+    "forward_kl",
+    "jensen_shannon",
+    "log_classes",
+    "log_mixture",
+    "reverse_kl",
+    "total_variation",
+    "upcast",
+]
 
 
 def upcast(logits: Tensor) -> Tensor:
@@ -62,6 +72,9 @@ def _with_tail(signal: TopK, student: Tensor, temperature: float) -> tuple[Tenso
     kept = signal.logprobs.detach().to(student.dtype)
     given = signal.tail_mass
     tail = _log_rest(kept) if given is None else given.detach().to(student.dtype).log()
+    if signal.ids.shape[-1] < student.shape[-1]:
+        # A tail below the dtype's resolution is not known to be zero; KL(q || p) would be infinite if it were.
+        tail = tail.clamp(min=math.log(torch.finfo(student.dtype).eps))
     # The student's tail is summed over the real remaining entries: 1 - sum(top-k) would lose it to rounding.
     rest = torch.logsumexp(student.scatter(-1, signal.ids, -torch.inf), dim=-1)
     own = student.gather(-1, signal.ids)
@@ -81,6 +94,56 @@ def _log_rest(logprobs: Tensor) -> Tensor:
 
 
 def forward_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p || q) = sum_v p_v (log p_v - log q_v), [N], with 0 log 0 = 0; it is 0 when p = q."""
+    """KL(p || q) = sum_v p_v (log p_v - log q_v), [N], with 0 log 0 = 0; it is 0 when p = q.
+
+    Args:
+        log_p: [N, C] log-probabilities.
+        log_q: [N, C] log-probabilities. Gradients flow into both arguments that want them.
+    """
     p = log_p.exp()
-    return torch.where(p > 0, p * (log_p - log_q), torch.zeros_like(p)).sum(dim=-1)
+    # The gap is masked before the product: 0 times an infinite gap has no gradient.
+    gap = torch.where(p > 0, log_p - log_q, torch.zeros_like(p))
+    return (p * gap).sum(dim=-1)
+
+
+def reverse_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(q || p), [N]; see :func:`forward_kl`."""
+    return forward_kl(log_q, log_p)
+
+
+def log_mixture(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
+    """log(share p + (1 - share) q), [N, C], for 0 < share < 1."""
+    return torch.logaddexp(log_p + math.log(share), log_q + math.log1p(-share))
+
+
+def jensen_shannon(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    """Beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q, [N], for 0 < beta < 1.
+
+    Agarwal et al. 2024 (GKD). It goes to 0 with beta, or with 1 - beta: beta -> 0 gives beta KL(p || q).
+    """
+    log_m = log_mixture(log_p, log_q, beta)
+    return beta * forward_kl(log_p, log_m) + (1 - beta) * forward_kl(log_q, log_m)
+
+
+def adaptive_kl(log_p: Tensor, log_q: Tensor, head_mass: float) -> Tensor:
+    """(g_head KL(p || q) + g_tail KL(q || p)) / (g_head + g_tail), [N].
+
+    Wu et al. 2024 (Rethinking Kullback-Leibler Divergence in Knowledge Distillation for LLMs). The head is
+    the smallest set of the teacher's most probable classes with at least ``head_mass`` of its probability, g_head and
+    g_tail are the sums of |p - q| over head and rest. The two weights are constants of the step: no gradient flows
+    through them. They are halves where p = q.
+    """
+    with torch.no_grad():
+        p, q = log_p.exp(), log_q.exp()
+        ordered, places = p.sort(dim=-1, descending=True)
+        gaps = (p - q).abs().gather(-1, places)
+        # A class belongs to the head when those before it do not reach the mass yet.
+        head = ordered.cumsum(dim=-1) - ordered < head_mass
+        both = gaps.sum(dim=-1)
+        share = torch.where(both > 0, (gaps * head).sum(dim=-1) / both, torch.full_like(both, 0.5))
+    return share * forward_kl(log_p, log_q) + (1 - share) * reverse_kl(log_p, log_q)
+
+
+def total_variation(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Half the sum of |p - q|, [N], between 0 and 1."""
+    return 0.5 * (log_p.exp() - log_q.exp()).abs().sum(dim=-1)

@@ -20,6 +20,7 @@ from kdkit.train.batching import DataOrder, collate, micro_batches
 from kdkit.train.checkpoint import Progress
 from kdkit.train.objective import CausalObjective, LossTerm
 from kdkit.train.optim import adamw, learning_rate
+from kdkit.train.packing import pack
 from kdkit.train.params import TrainParams
 
 if TYPE_CHECKING:
@@ -108,6 +109,8 @@ class _Training:
         if params.gradient_checkpointing:
             task.model.gradient_checkpointing_enable({"use_reentrant": False})
         objective = CausalObjective(task.model, task.terms, compute=compute)
+        if params.padding_free and not objective.isolates:
+            ctx.log(f"{type(task.model).__name__} sees across rows that lie end to end: they are padded")
         optimizer = adamw(objective, params)
         self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
         self.order = DataOrder([len(rows) for rows in task.data], task.weights, ctx.seed_for("data-order"))
@@ -149,7 +152,7 @@ class _Training:
         sums = torch.zeros_like(self.window.sums)
         batches = list(micro_batches(rows, self.params.per_device_train_batch_size))
         for index, part in enumerate(batches):
-            batch = collate(part, device=self.accelerator.device)
+            batch = self._batch(part)
             signals = self.task.signals(batch) if self.task.signals else None
             with nullcontext() if index == len(batches) - 1 else self.accelerator.no_sync(self.objective):
                 measured = self.objective(batch, signals, self.world / max(tokens, 1))
@@ -162,6 +165,10 @@ class _Training:
             self.progress.tokens += tokens
         self.window.positions += self._all_ranks(sum(len(row.ids) for row in rows))
         self.progress.step += 1
+
+    def _batch(self, part: Sequence[Encoded]) -> TokenBatch:
+        device = self.accelerator.device
+        return pack(part, device=device) if self.params.padding_free else collate(part, device=device)
 
     def _rows(self, step: int) -> list[Encoded]:
         """This rank's rows of a step."""
@@ -224,7 +231,7 @@ class _Training:
         rows = self.task.held_out[self.accelerator.process_index :: self.world]
         sums, tokens = self._new_window().sums, 0
         for part in micro_batches(rows, self.params.per_device_train_batch_size):
-            batch = collate(part, device=self.accelerator.device)
+            batch = self._batch(part)
             measured = self.objective(batch, self.task.signals(batch) if self.task.signals else None, 1.0)
             sums += measured.sums
             tokens += measured.tokens

@@ -18,6 +18,7 @@ from kdkit.api.data import Dense, TokenBatch, TokenLossInputs
 from kdkit.api.errors import ConformanceError, ModelError
 from kdkit.models.heads import split
 from kdkit.train.divergences import upcast
+from kdkit.train.packing import isolates, unpack
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -109,16 +110,20 @@ class CausalObjective(nn.Module):
                 hint="merge adapters into the head first",
             )
         self._compute = compute
+        self.isolates = isolates(self._parts.trunk)
         self._block = block or block_tokens(head.weight.shape[0])
 
     def forward(self, batch: TokenBatch, signals: TeacherSignals | None, scale: float) -> Measured:
         """Weighted loss sum over the batch's valid tokens, times ``scale``.
 
         Args:
-            batch: Token ids and masks of the micro-batch.
+            batch: Token ids and masks of the micro-batch; rows laid end to end are padded for a model that would see
+                across them (``isolates`` is false).
             signals: The teacher's view of the same valid tokens, when a loss needs one.
             scale: 1 / (valid tokens of the whole optimiser step), times the world size under DDP.
         """
+        if not self.isolates:
+            batch = unpack(batch)
         device = batch.input_ids.device.type
         with torch.autocast(device, self._compute, enabled=self._compute in _HALF):
             hidden = valid_hidden(self._parts.trunk, batch)

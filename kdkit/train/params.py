@@ -57,6 +57,9 @@ class TrainParams(OptimParams):
     """Rows of one micro-batch on one device."""
     gradient_accumulation_steps: int = Field(1, ge=1)
     """Micro-batches per optimiser step; the gradient is that of one large batch."""
+    padding_free: bool = True
+    """Lay the rows of a micro-batch end to end instead of padding them. Same gradient, less work. Models that would see
+    across the rows are found out, and get padded rows."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     precision: Precision = "auto"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
@@ -17,11 +17,51 @@ class CrossEntropyParams(Params):
     """Negative log-likelihood of the target token; it has no temperature."""
 
 
-class ForwardKLParams(Params):
-    """Forward KL from the teacher to the student."""
+class DivergenceParams(Params):
+    """What every divergence between teacher and student takes."""
 
     temperature: float = Field(1.0, gt=0)
-    """Softmax temperature T of both models; the value is T^2 KL(p_T || q_T), so that gradients keep their scale."""
+    """Softmax temperature T of both models; the value is T^2 times the divergence at T, so that gradients keep their
+    scale."""
+
+
+class ForwardKLParams(DivergenceParams):
+    """Forward KL from the teacher to the student: covers all that the teacher does."""
+
+
+class ReverseKLParams(DivergenceParams):
+    """Reverse KL from the student to the teacher: keeps to what the teacher does most."""
+
+
+class JSDParams(DivergenceParams):
+    """Generalised Jensen-Shannon divergence."""
+
+    beta: float = Field(0.5, ge=0, le=1)
+    """The teacher's share of the mixture; 0 is the forward KL, 1 the reverse KL."""
+    normalized: bool = False
+    """Divide by beta (1 - beta), so that the scale does not change with beta and the ends are limits."""
+
+
+class SkewParams(DivergenceParams):
+    """KL to a mixture of both models, which is finite where one of them has no mass."""
+
+    alpha: float = Field(0.1, ge=0, lt=1)
+    """Share of the first model in the mixture; 0 is the plain KL."""
+
+
+class AdaptiveKLParams(DivergenceParams):
+    """Forward and reverse KL, weighted by where teacher and student differ."""
+
+    head_mass: float = Field(0.5, gt=0, lt=1)
+    """The teacher's most probable tokens up to this probability are the head, whose gap weights the forward KL; the gap
+    of the rest weights the reverse KL."""
+
+
+class TotalVariationParams(Params):
+    """Half the sum of absolute differences of probabilities."""
+
+    temperature: float = Field(1.0, gt=0)
+    """Softmax temperature of both models; a bounded distance has no factor T^2."""
 
 
 def _cross_entropy(params: CrossEntropyParams) -> TokenLoss:
@@ -31,10 +71,28 @@ def _cross_entropy(params: CrossEntropyParams) -> TokenLoss:
     return cross_entropy
 
 
-def _forward_kl(params: ForwardKLParams) -> TokenLoss:
-    from kdkit.plugins.losses.token import ForwardKL
+def _token(name: str) -> Callable[[Params], TokenLoss]:
+    """Builds the class ``name`` of the implementation module, whose fields are the parameters."""
 
-    return ForwardKL(temperature=params.temperature)
+    def build(params: Params) -> TokenLoss:
+        from kdkit.plugins.losses import token
+
+        loss: TokenLoss = getattr(token, name)(**params.model_dump())
+        return loss
+
+    return build
+
+
+_DIVERGENCES: tuple[tuple[str, str, str, type[Params]], ...] = (
+    ("forward-kl", "ForwardKL", "KL(teacher || student) per token", ForwardKLParams),
+    ("reverse-kl", "ReverseKL", "KL(student || teacher) per token", ReverseKLParams),
+    ("jsd", "JSD", "Generalised Jensen-Shannon divergence (GKD)", JSDParams),
+    ("skew-kl", "SkewKL", "KL(teacher || mixture) with a little teacher in the mixture (DistiLLM)", SkewParams),
+    ("skew-reverse-kl", "SkewReverseKL", "KL(student || mixture) with a little student in it (DistiLLM)", SkewParams),
+    ("adaptive-kl", "AdaptiveKL", "Forward and reverse KL weighted by head and tail gaps (AKL)", AdaptiveKLParams),
+    ("tvd", "TotalVariation", "Total variation distance", TotalVariationParams),
+)
+"""Name, class, summary and parameters of the losses that compare with a teacher, dense or top-k with a tail."""
 
 
 @hookimpl
@@ -46,10 +104,7 @@ def kdkit_losses() -> Iterator[LossSpec[Any]]:
         params=CrossEntropyParams,
         build=_cross_entropy,
     )
-    yield LossSpec(
-        name="forward-kl",
-        summary="KL(teacher || student) per token, dense or top-k with a tail bucket",
-        params=ForwardKLParams,
-        build=_forward_kl,
-        needs=frozenset({"logits", "topk"}),
-    )
+    for name, class_name, summary, params in _DIVERGENCES:
+        yield LossSpec(
+            name=name, summary=summary, params=params, build=_token(class_name), needs=frozenset({"logits", "topk"})
+        )

@@ -14,6 +14,7 @@ from kdkit.models.heads import CausalParts, split, verify_split
 from kdkit.models.load import Vocabulary, load_model, load_tokenizer, vocabulary
 from kdkit.train.divergences import upcast
 from kdkit.train.objective import valid_hidden
+from kdkit.train.packing import isolates, unpack
 from kdkit.train.rollouts import generate, stop_ids
 
 if TYPE_CHECKING:
@@ -48,12 +49,15 @@ class LocalTeacher:
         self._model = load_model(artifact, dtype=dtype).to(ctx.device)
         verify_split(self._model)
         self._parts = split(self._model)
+        self._isolates = isolates(self._parts.trunk)
         self._batch_size = params.batch_size
         self.vocabulary: Vocabulary = vocabulary(self._tokenizer, self._model)
 
     @torch.no_grad()
     def signals(self, batch: TokenBatch, /) -> _HiddenSignals:
         """One forward pass of the trunk over the batch."""
+        if not self._isolates:
+            batch = unpack(batch)
         return _HiddenSignals(self._parts, valid_hidden(self._parts.trunk, batch))
 
     def generate(self, prompts: Sequence[Example], sampling: Sampling, seed: int, /) -> Sequence[Completion]:
