@@ -15,10 +15,10 @@ from kdkit.plugins.metrics.exact import normalized
 def test_what_each_metric_declares():
     assert all(isinstance(spec, MetricSpec) for spec in SPECS.values())
     assert {name: (spec.higher_is_better, set(spec.needs), spec.unit) for name, spec in SPECS.items()} == {
-        "rouge-l": (True, {"completion"}, "0-100"),
-        "chrf": (True, {"completion"}, "0-100"),
-        "exact-match": (True, {"completion"}, "0-100"),
-        "code-exact": (True, {"completion"}, "0-100"),
+        "rouge-l": (True, {"completion", "reference"}, "0-100"),
+        "chrf": (True, {"completion", "reference"}, "0-100"),
+        "exact-match": (True, {"completion", "reference"}, "0-100"),
+        "code-exact": (True, {"completion", "reference"}, "0-100"),
         "parse-rate": (True, {"completion"}, "0-100"),
         "pass-at-k": (True, {"completion", "verdict"}, "0-100"),
         "distinct-n": (True, {"completion"}, "0-100"),
