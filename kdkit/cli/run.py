@@ -53,8 +53,9 @@ def _print_results(finished: Finished) -> None:
     for name, artifacts in finished.artifacts.items():
         for output, artifact in artifacts.items():
             emit(f"result  {name}.{output}  {shown(artifact.path)}")
-    if (finished.run_dir / "report.md").is_file():
-        emit(f"report  {shown(finished.run_dir / 'report.md')}")
+    for name in ("report.html", "report.md"):
+        if (finished.run_dir / name).is_file():
+            emit(f"report  {shown(finished.run_dir / name)}")
     if has_report:
         emit(f"next    kdkit report {shown(finished.run_dir)}  (pairs, speed, decoding, limits of the numbers)")
 

@@ -40,8 +40,8 @@ def show_run(name: str, out: Path, *, as_json: bool) -> int:
         emit_json(run.to_json())
         return int(ExitCode.OK)
     facts = [("run", str(run.path)), ("status", run.status), ("took", _took(run.seconds)), ("error", run.error or "")]
-    report = run.path / "report.md"
-    facts.append(("report", str(report) if report.is_file() else ""))
+    reports = (run.path / name for name in ("report.html", "report.md"))
+    facts += [("report", str(report)) for report in reports if report.is_file()]
     emit("\n".join(f"{name:<8}{value}" for name, value in facts if value))
     rows = [(s.name, s.kind, s.key, s.state, _took(s.seconds)) for s in run.stages]
     emit("\n" + table(("STAGE", "KIND", "KEY", "STATE", "TOOK"), rows))

@@ -1,0 +1,72 @@
+"""recipes/paper/english_dolly.yaml at a size for a laptop: SmolLM2-135M and a pruned copy instead of Qwen 3B and 0.5B.
+
+    python benchmarks/english_dolly_small.py --rows databricks-dolly-15k.jsonl
+
+writes docs/english-dolly-small.md and benchmarks/results/english_dolly_small.json. About a quarter of an hour on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import kdkit
+
+ROOT = Path(__file__).parents[1]
+KEPT = [*range(8), *range(18, 30)]
+STEPS = 40
+
+
+def settings(rows: Path) -> dict[str, dict[str, object]]:
+    """Overrides of the recipe: what ``kdkit run`` would take as --set and --var."""
+    small: dict[str, object] = {
+        "stages.eval.num_samples": 2,
+        "stages.eval.sampling.max_new_tokens": 96,
+        "stages.eval.max_prompt_length": 400,
+    }
+    for stage, rate in (("teacher", 5e-5), ("sft", 3e-4), ("kd", 3e-4)):
+        small[f"stages.{stage}.max_steps"] = STEPS
+        small[f"stages.{stage}.eval_steps"] = STEPS // 2
+        small[f"stages.{stage}.eval_rows"] = 16
+        small[f"stages.{stage}.gradient_accumulation_steps"] = 1
+        small[f"stages.{stage}.learning_rate"] = rate
+    part = {"use": "dolly", "source": str(rows.resolve()), "prompt_style": "alpaca"}
+    return {
+        "set": small,
+        "var": {
+            "teacher": "smollm2-135m-instruct",
+            "student": {"from": "smollm2-135m-instruct", "keep_layers": KEPT},
+            "rows": str(rows.resolve()),
+            "test": {**part, "split": "test", "max_rows": 60},
+        },
+    }
+
+
+def main() -> None:
+    """Run, and publish the report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=Path, required=True, help="Dolly rows: instruction, context, response, category")
+    rows = parser.parse_args().rows
+    started = time.monotonic()
+    result = kdkit.run(ROOT / "recipes" / "paper" / "english_dolly.yaml", **settings(rows))
+    if not result.ok:
+        raise SystemExit(str(result.error))
+    minutes = (time.monotonic() - started) / 60
+    report = (result.run_dir / "report.md").read_text(encoding="utf-8")
+    head = (
+        "# The English experiment of the paper, at a size for a laptop\n\n"
+        "Made by `benchmarks/english_dolly_small.py`, not by hand. Teacher: SmolLM2-135M-Instruct after "
+        f"{STEPS} steps on Dolly. Student: the same model without ten of its thirty layers, after {STEPS} steps of SFT or KD. "
+        f"Eight rows a step; {minutes:.0f} minutes on two CPU cores, cached stages included. It shows that the recipe works "
+        "and how its report reads; it says nothing about the paper's models.\n\n"
+    )
+    (ROOT / "docs" / "english-dolly-small.md").write_text(head + report, encoding="utf-8")
+    facts = {"steps": STEPS, "minutes": round(minutes, 1), "report": result.report}
+    text = json.dumps(facts, indent=1, ensure_ascii=False) + "\n"
+    (ROOT / "benchmarks" / "results" / "english_dolly_small.json").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
