@@ -2,7 +2,8 @@
 
     python benchmarks/english_dolly_small.py --rows databricks-dolly-15k.jsonl
 
-writes docs/english-dolly-small.md and benchmarks/results/english_dolly_small.json. About a quarter of an hour on two cores.
+writes docs/english-dolly-small.md and benchmarks/results/english_dolly_small.json, in about a quarter of an hour on two
+cores.
 """
 
 from __future__ import annotations
@@ -58,9 +59,9 @@ def main() -> None:
     head = (
         "# The English experiment of the paper, at a size for a laptop\n\n"
         "Made by `benchmarks/english_dolly_small.py`, not by hand. Teacher: SmolLM2-135M-Instruct after "
-        f"{STEPS} steps on Dolly. Student: the same model without ten of its thirty layers, after {STEPS} steps of SFT or KD. "
-        f"Eight rows a step; {minutes:.0f} minutes on two CPU cores, cached stages included. It shows that the recipe works "
-        "and how its report reads; it says nothing about the paper's models.\n\n"
+        f"{STEPS} steps on Dolly. Student: the same model without ten of its thirty layers, after {STEPS} steps of SFT "
+        f"or KD, eight rows each; {minutes:.0f} minutes on two CPU cores. It shows that the recipe works and how its "
+        "report reads; it says nothing about the paper's models.\n\n"
     )
     (ROOT / "docs" / "english-dolly-small.md").write_text(head + report, encoding="utf-8")
     facts = {"steps": STEPS, "minutes": round(minutes, 1), "report": result.report}

@@ -165,7 +165,7 @@ class TokenBatch:
         position_ids: [B, T] int64, counting the tokens of a sequence from 0 whichever side is padded.
         labels_mask: [B, T] bool, True where the token at t is learned from position t - 1; never True at the first
             token of a sequence.
-        example_ids: Ids of the sequences, row by row.
+        example_ids: Ids of the sequences that have a learned token, row by row; what fills a packed row has neither.
     """
 
     input_ids: Tensor

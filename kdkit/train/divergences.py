@@ -59,26 +59,41 @@ def log_classes(x: TokenLossInputs, temperature: float) -> tuple[Tensor, Tensor]
 
 
 def _with_tail(signal: TopK, student: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    if signal.temperature != temperature:
+    # A temperature that was stored in float32, or computed, is the same one.
+    if not math.isclose(signal.temperature, temperature, rel_tol=1e-6):
         raise ConformanceError(
             f"the top-k signal was taken at temperature {signal.temperature:g}, the loss wants {temperature:g}",
             hint="use the same temperature, or take the signal again",
         )
-    if signal.ids.numel() and (highest := int(signal.ids.max())) >= student.shape[-1]:
-        raise ConformanceError(
-            f"the top-k signal names token {highest}, student and teacher share {student.shape[-1]} entries",
-            hint="take the teacher's top-k over the entries that both models have",
-        )
+    if signal.ids.numel():
+        lowest, highest = (int(v) for v in signal.ids.aminmax())
+        if lowest < 0 or highest >= student.shape[-1]:
+            raise ConformanceError(
+                f"the top-k signal names token {lowest if lowest < 0 else highest}, "
+                f"student and teacher share {student.shape[-1]} entries",
+                hint="take the teacher's top-k over the entries that both models have",
+            )
     kept = signal.logprobs.detach().to(student.dtype)
-    given = signal.tail_mass
-    tail = _log_rest(kept) if given is None else given.detach().to(student.dtype).log()
-    if signal.ids.shape[-1] < student.shape[-1]:
-        # A tail below the dtype's resolution is not known to be zero; KL(q || p) would be infinite if it were.
-        tail = tail.clamp(min=math.log(torch.finfo(student.dtype).eps))
+    tail = _log_tail(signal, kept, whole=signal.ids.shape[-1] == student.shape[-1])
     # The student's tail is summed over the real remaining entries: 1 - sum(top-k) would lose it to rounding.
     rest = torch.logsumexp(student.scatter(-1, signal.ids, -torch.inf), dim=-1)
     own = student.gather(-1, signal.ids)
     return _append(kept, tail), _append(own, rest)
+
+
+def _log_tail(signal: TopK, kept: Tensor, *, whole: bool) -> Tensor:
+    """Log of the teacher's mass outside the kept entries, [N]; -inf when these are the whole vocabulary.
+
+    A tail below the dtype's resolution is not known to be zero: KL(q || p) would be infinite if it were. A mass that
+    the signal states is taken at its word, unless it is zero, or less by rounding.
+    """
+    if whole:
+        return torch.full_like(kept[..., 0], -torch.inf)
+    least = math.log(torch.finfo(kept.dtype).eps)
+    if signal.tail_mass is None:
+        return _log_rest(kept).clamp(min=least)
+    given = signal.tail_mass.detach().to(kept.dtype)
+    return torch.where(given > 0, given.clamp_min(torch.finfo(kept.dtype).tiny).log(), least)
 
 
 def _append(classes: Tensor, tail: Tensor) -> Tensor:
@@ -113,7 +128,9 @@ def reverse_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 def log_mixture(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
     """log(share p + (1 - share) q), [N, C], for 0 < share < 1."""
-    return torch.logaddexp(log_p + math.log(share), log_q + math.log1p(-share))
+    # Of two infinities, logaddexp has no gradient; this is as good as -inf to everything that is summed from it.
+    least = torch.finfo(log_p.dtype).min / 4
+    return torch.logaddexp(log_p.clamp(min=least) + math.log(share), log_q.clamp(min=least) + math.log1p(-share))
 
 
 def jensen_shannon(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:

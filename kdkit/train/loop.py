@@ -109,10 +109,10 @@ class _Training:
         if params.gradient_checkpointing:
             task.model.gradient_checkpointing_enable({"use_reentrant": False})
         objective = CausalObjective(task.model, task.terms, compute=compute)
-        if params.padding_free and not objective.isolates:
-            ctx.log(f"{type(task.model).__name__} sees across rows that lie end to end: they are padded")
         optimizer = adamw(objective, params)
         self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
+        if params.padding_free and not objective.isolates():
+            ctx.log(f"{type(task.model).__name__} sees across rows that lie end to end: they are padded")
         self.order = DataOrder([len(rows) for rows in task.data], task.weights, ctx.seed_for("data-order"))
         self.batch = params.per_device_train_batch_size * params.gradient_accumulation_steps
         self.progress = Progress(total_steps(params, self.order.rows, self.world))
@@ -168,7 +168,9 @@ class _Training:
 
     def _batch(self, part: Sequence[Encoded]) -> TokenBatch:
         device = self.accelerator.device
-        return pack(part, device=device) if self.params.padding_free else collate(part, device=device)
+        if not self.params.padding_free:
+            return collate(part, device=device)
+        return pack(part, device=device, limit=getattr(self.task.model.config, "max_position_embeddings", None))
 
     def _rows(self, step: int) -> list[Encoded]:
         """This rank's rows of a step."""

@@ -132,7 +132,7 @@ class TestTotalVariation(Builtin):
         return (p - q).abs().sum(-1) / 2
 
 
-@pytest.mark.parametrize("beta", [1e-4, 0.01, 0.5, 0.99, 1 - 1e-4])
+@pytest.mark.parametrize("beta", [1e-3, 0.01, 0.5, 0.99, 1 - 1e-3])
 def test_normalized_jsd_is_continuous_to_both_ends_and_the_plain_one_is_not(beta):
     def mean(**params):
         return float(
@@ -142,8 +142,8 @@ def test_normalized_jsd_is_continuous_to_both_ends_and_the_plain_one_is_not(beta
     end = round(beta)
     ratio = mean(beta=beta, normalized=True) / mean(beta=float(end))
     assert 0.4 < ratio < 1.6
-    if beta in (1e-4, 1 - 1e-4):
-        assert mean(beta=beta) < 1e-3 * mean(beta=float(end))
+    if beta in (1e-3, 1 - 1e-3):
+        assert mean(beta=beta) < 2e-3 * mean(beta=float(end))
 
 
 def test_jsd_is_bounded_by_ln_2_and_tvd_by_1():

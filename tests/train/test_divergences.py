@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import kdkit
-from kdkit.api import ConformanceError, Dense, TokenLossInputs, TopK
+from kdkit.api import ConformanceError, Dense, KdkitError, TokenLossInputs, TopK
 
 N, V = 7, 23
 
@@ -142,3 +142,27 @@ def test_top_k_ids_beyond_the_shared_vocabulary_are_refused():
     signal = top_k(torch.cat([logits(1), torch.full((len(labels()), 1), 99.0)], dim=-1), 3)
     with pytest.raises(ConformanceError, match=f"names token {V}, student and teacher share {V} entries"):
         kdkit.build("loss", "forward-kl")(TokenLossInputs(logits(0), signal, labels()))
+
+
+def test_a_stored_temperature_is_the_same_temperature():
+    signal = top_k(logits(1), 3, 0.9)
+    stored = TopK(signal.ids, signal.logprobs, temperature=float(torch.tensor(0.9)))
+    loss = kdkit.build("loss", "forward-kl", temperature=0.3 * 3)
+    assert torch.equal(*(loss(TokenLossInputs(logits(0), s, labels())) for s in (signal, stored)))
+
+
+def test_a_stated_tail_is_taken_at_its_word_however_small():
+    teacher = torch.tensor([[40.0, 0.0, 0.0, 0.0]], dtype=torch.float64)
+    student = torch.zeros(1, 4, dtype=torch.float64, requires_grad=True)
+    signal = top_k(teacher, 1)
+    exact = TopK(signal.ids, signal.logprobs, tail_mass=3 * torch.exp(torch.tensor([-40.0], dtype=torch.float64)))
+    loss = kdkit.build("loss", "reverse-kl")
+    # The three other entries are alike in both models, so that one class for them loses nothing.
+    dense = loss(TokenLossInputs(student, Dense(teacher), labels()[:1]))
+    assert loss(TokenLossInputs(student, exact, labels()[:1])).tolist() == pytest.approx(dense.tolist(), rel=1e-9)
+
+
+@pytest.mark.parametrize("beta", [1e-4, 1 - 1e-4])
+def test_a_normalised_jsd_that_float32_cannot_compute_is_refused(beta):
+    with pytest.raises(KdkitError, match=r"from 0.001 to 0.999"):
+        kdkit.build("loss", "jsd", beta=beta, normalized=True)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest_train import make_rows
@@ -92,6 +94,63 @@ def test_isolation_is_measured(dtype):
     assert not isolates(Forgetful(trunk))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gate", [1e-2, 0.0])
+def test_a_faint_leak_is_a_leak(dtype, gate):
+    """A convolution over tokens whose weights are still close to zero, or zero: training will use it."""
+
+    class Leaky(nn.Module):
+        def __init__(self, trunk):
+            super().__init__()
+            self.trunk, self.conv = trunk, nn.Conv1d(32, 32, 3, padding=2, dtype=dtype)
+
+        def get_input_embeddings(self):
+            return self.trunk.get_input_embeddings()
+
+        def forward(self, **inputs):
+            out = self.trunk(**inputs)
+            mixed = self.conv(out.last_hidden_state.mT)[..., :-2].mT
+            return SimpleNamespace(last_hidden_state=out.last_hidden_state + gate * mixed)
+
+    assert not isolates(Leaky(split(tiny_model().to(dtype)).trunk))
+
+
+def test_a_faint_leak_without_a_convolution_is_measured():
+    class Leaky(Forgetful):
+        def forward(self, input_ids, position_ids=None, use_cache=False):
+            out = self.trunk(input_ids=input_ids, position_ids=position_ids, use_cache=use_cache).last_hidden_state
+            return SimpleNamespace(last_hidden_state=out + 1e-4 * out.cumsum(dim=1))
+
+    assert not isolates(Leaky(split(tiny_model()).trunk))
+
+
+@pytest.mark.parametrize("kind", ["conv", "linear_attention", "mamba"])
+def test_layers_that_are_no_attention_are_refused_by_name(kind):
+    trunk = split(tiny_model()).trunk
+    trunk.config.layer_types = ["full_attention", kind]
+    assert not isolates(trunk)
+
+
+def test_measuring_leaves_every_module_in_its_mode():
+    trunk = split(tiny_model()).trunk.train()
+    trunk.layers[0].eval()
+    before = [module.training for module in trunk.modules()]
+    assert isolates(trunk)
+    assert [module.training for module in trunk.modules()] == before
+
+
+def test_packed_rows_stay_within_the_positions_of_the_model():
+    rows = [Encoded(str(i), (1,) * n, (True,) * n) for i, n in enumerate([1900, *[300] * 7])]
+    assert pack(rows).input_ids.shape[1] > 2048 >= pack(rows, limit=2048).input_ids.shape[1]
+    assert pack(rows, limit=64).input_ids.shape[1] == 1900
+
+
+def test_many_rows_are_laid_out_at_once():
+    rows = [Encoded(str(i), (1,) * (50 + i % 200), (True,) * (50 + i % 200)) for i in range(2000)]
+    batch = pack(rows)
+    assert batch.input_ids.numel() < 1.05 * sum(len(row.ids) for row in rows)
+
+
 def test_a_trunk_that_takes_no_position_ids_does_not_isolate():
     trunk = split(tiny_model()).trunk
     trunk.forward = lambda input_ids, use_cache: None
@@ -102,8 +161,8 @@ def test_a_student_that_leaks_gets_padded_rows():
     model, teacher, rows = tiny_model().double().train(), tiny_model(seed=1).double(), make_rows(8)
     want = reference(model, teacher, rows)
     objective = CausalObjective(model, TERMS)
-    assert objective.isolates
-    objective.isolates = False
+    assert objective.isolates()
+    objective._isolates = False
     seen = []
     objective._parts.trunk.register_forward_pre_hook(
         lambda _m, _a, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True
@@ -142,8 +201,18 @@ def test_unpack_keeps_learned_tokens_in_order():
     assert padded.input_ids[padded.labels_mask].tolist() == packed.input_ids[packed.labels_mask].tolist()
     assert padded.attention_mask.sum() == sum(len(row.ids) for row in rows[:6])
     assert padded.position_ids.max() + 1 == padded.input_ids.shape[1] == max(len(row.ids) for row in rows[:6])
+    assert padded.example_ids == ()  # a row from which nothing is learned cannot be told from what fills a row
     kept = collate(rows)
     assert unpack(kept) is kept
+
+
+def test_unpack_keeps_the_ids_of_its_rows():
+    rows = make_rows(9)
+    lengths = {row.id: len(row.ids) for row in rows}
+    packed = pack(rows)
+    padded = unpack(packed)
+    assert padded.example_ids == packed.example_ids
+    assert padded.attention_mask.sum(1).tolist() == [lengths[name] for name in padded.example_ids]
 
 
 def test_a_batch_without_learned_tokens_can_be_unpacked():

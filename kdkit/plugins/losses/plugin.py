@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from kdkit.api import LossSpec, Params, hookimpl
 
 if TYPE_CHECKING:
     from kdkit.api import TokenLoss
+
+
+_NEAREST: Final = 1e-3
 
 
 class CrossEntropyParams(Params):
@@ -39,7 +43,14 @@ class JSDParams(DivergenceParams):
     beta: float = Field(0.5, ge=0, le=1)
     """The teacher's share of the mixture; 0 is the forward KL, 1 the reverse KL."""
     normalized: bool = False
-    """Divide by beta (1 - beta), so that the scale does not change with beta and the ends are limits."""
+    """Divide by beta (1 - beta), so that the scale does not change with beta and the ends are limits. Then beta is 0 or
+    1, or at least 0.001 away from both: nearer, float32 cannot compute it."""
+
+    @model_validator(mode="after")
+    def _computable(self) -> Self:
+        if self.normalized and 0 < min(self.beta, 1 - self.beta) < _NEAREST:
+            raise PydanticCustomError("beta", "normalized: true wants a beta of 0, 1, or from 0.001 to 0.999")
+        return self
 
 
 class SkewParams(DivergenceParams):

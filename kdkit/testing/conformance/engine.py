@@ -13,6 +13,7 @@ from kdkit.models.heads import CausalParts, split
 from kdkit.testing.tiny import tiny_model
 from kdkit.train.batching import collate, micro_batches
 from kdkit.train.objective import CausalObjective, LossTerm, valid_hidden
+from kdkit.train.packing import pack
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,11 +26,11 @@ if TYPE_CHECKING:
 __all__ = ["EngineInvariance"]
 
 _VOCABULARY = 259
-_CUTS = (  # micro-batch size, padding side, tokens of a block
+_CUTS = (  # micro-batch size, padding side or rows laid end to end, tokens of a block
     (1, "right", 1),
     (2, "left", 3),
-    (4, "right", 7),
-    (8, "left", 10_000),
+    (4, "packed", 7),
+    (8, "packed", 10_000),
 )
 
 
@@ -51,7 +52,7 @@ class EngineInvariance:
         wanted = self._one_row_at_a_time(student, teacher, rows)
         for size, side, block in _CUTS:
             got = self._through_the_engine(student, teacher, rows, size, side, block)
-            _same(got, wanted, 1e-8, f"micro-batches of {size}, {side} padding, blocks of {block} tokens")
+            _same(got, wanted, 1e-8, f"micro-batches of {size}, {side}, blocks of {block} tokens")
 
     def test_bf16_products_stay_near_float64(self) -> None:
         rows, weights = _rows(), tiny_model(seed=1)
@@ -90,9 +91,7 @@ class EngineInvariance:
         objective = CausalObjective(student, [LossTerm("loss", 1.0, self.build())], block=block, compute=compute)
         tokens, loss = sum(row.targets for row in rows), 0.0
         for part in micro_batches(rows, size):
-            batch = collate(part, side="left" if side == "left" else "right")
-            # Whatever fills the rows must not matter.
-            batch.input_ids[batch.attention_mask == 0] = _VOCABULARY - 1
+            batch = _batch(part, side)
             signals = _Signals.of(teacher, batch) if self.teacher else None
             measured = objective(batch, signals, 1 / tokens)
             measured.loss.backward()
@@ -125,6 +124,15 @@ def _rows() -> list[Encoded]:
         ids[torch.rand(length, generator=generator) < 0.4] = _VOCABULARY - 1
         rows.append(Encoded(f"row-{index}", tuple(ids.tolist()), tuple(t >= prompt for t in range(length))))
     return rows
+
+
+def _batch(rows: Sequence[Encoded], layout: str) -> TokenBatch:
+    if layout == "packed":
+        return pack(rows)
+    batch = collate(rows, side="left" if layout == "left" else "right")
+    # Whatever fills the rows must not matter.
+    batch.input_ids[batch.attention_mask == 0] = _VOCABULARY - 1
+    return batch
 
 
 def _gradients(model: LlamaForCausalLM) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ import pytest
 import torch
 
 from kdkit.api.data import Dense, TokenLossInputs, TopK
+from kdkit.api.errors import ConformanceError
 from kdkit.testing.conformance.engine import EngineInvariance
 
 if TYPE_CHECKING:
@@ -59,13 +60,15 @@ class TokenLossConformance(EngineInvariance):
     """What every token loss must fulfil.
 
     Attributes:
-        teacher: The loss compares with a teacher.
+        teacher: The loss compares with a teacher. Without one, and with signals that do not fit, it raises
+            ``ConformanceError``; :func:`kdkit.train.divergences.log_classes` does that for you.
         temperature_power: The value at temperature T is T to this power times the divergence of logits / T; 2 for the
             KL family, 0 for bounded distances, None for a loss without temperature.
         zero_at_equality: The value is 0 where teacher and student agree.
-        top_k: The loss takes top-k signals, and a coarser signal gives no larger value (true of every f-divergence).
+        top_k: The loss takes top-k signals.
         smooth: The gradient has no jump where the models agree.
-        top_k_lower_bound: The second half of that; false for mixtures whose weights depend on the signal.
+        top_k_lower_bound: A coarser signal gives no larger value: true of every f-divergence, false for mixtures whose
+            weights depend on the signal, and for losses that read labels.
     """
 
     temperature_power: ClassVar[int | None] = 2
@@ -79,7 +82,10 @@ class TokenLossConformance(EngineInvariance):
         raise NotImplementedError
 
     def reference(self, teacher: Tensor, student: Tensor, labels: Tensor) -> Tensor:
-        """[N] values of the formula for float64 logits [N, V] at temperature 1, differentiable in ``student``."""
+        """[N] values of the formula for float64 logits [N, V] at temperature 1, differentiable in ``student``.
+
+        For top-k signals it is asked for K + 1 classes, the last one the rest, with labels that count in them.
+        """
         raise NotImplementedError
 
     # -- helpers
@@ -109,6 +115,15 @@ class TokenLossConformance(EngineInvariance):
             # Unequal weights: a mean over the block, or a value shared between rows, has another gradient.
             weights = torch.arange(1.0, len(labels) + 1, dtype=torch.float64)
             _close(_gradient(value, mine, weights), _gradient(wanted, its, weights), 1e-8, "gradient")
+
+    def test_many_tokens_of_every_id_with_and_without_gradients(self) -> None:
+        rows = 1021
+        labels = torch.arange(rows) % _V
+        teacher, student = logits(0, rows, _V + 3)[:, :_V], logits(1, rows, _V + 3)[:, :_V]
+        wanted = self._expected(teacher, student, labels, 1.0)
+        _close(self._value(student, teacher, labels), wanted, 1e-9, "value of 1,021 tokens, of logits cut to a width")
+        with torch.no_grad():
+            _close(self._value(student, teacher, labels), wanted, 1e-9, "value without gradients")
 
     def test_one_value_per_token_in_the_dtype_of_the_logits(self) -> None:
         for rows in (1, 6):
@@ -153,6 +168,8 @@ class TokenLossConformance(EngineInvariance):
         student, teacher, labels = logits(1), logits(0), target_ids()
         kept = student.clone(), teacher.clone(), labels.clone()
         first, second = (self._value(student, teacher, labels) for _ in range(2))
+        with torch.no_grad():
+            self._value(student, teacher, labels)
         assert torch.equal(first, second), "two calls give different values"
         for now, before in zip((student, teacher, labels), kept, strict=True):
             assert torch.equal(now, before), "an input was changed in place"
@@ -176,6 +193,8 @@ class TokenLossConformance(EngineInvariance):
             value = self._value(z, teacher.to(dtype), labels)
             values.append(value.detach().double())
             gradients.append(_gradient(value, z).double())
+        wanted = self._expected(teacher, student, labels, 1.0)
+        _close(values[0], wanted, 1e-9, "float64 value of a real vocabulary")
         _close(values[1], values[0], 1e-4, "float32 value")
         error = (gradients[1] - gradients[0]).norm() / gradients[0].norm()
         assert error < 1e-4, f"float32 gradient is off by {float(error):.1e}"
@@ -186,11 +205,43 @@ class TokenLossConformance(EngineInvariance):
         got = self._value(student, teacher, target_ids())
         assert torch.equal(got, wanted), "bf16 logits are not upcast before the first operation"
 
-    def test_certain_models_give_finite_values_and_gradients(self) -> None:
-        student = (60 * logits(1)).float().requires_grad_()
-        value = self._value(student, (60 * logits(0)).float(), target_ids())
-        assert torch.isfinite(value).all(), "not finite for models that are certain"
-        assert torch.isfinite(_gradient(value, student)).all(), "gradient not finite for models that are certain"
+    def test_certain_models_give_the_right_value(self) -> None:
+        student = (30 * logits(1)).float().requires_grad_()
+        signals: list[Tensor | TopK] = [(30 * logits(0)).float()]
+        if self.teacher and self.top_k:
+            signals.append(top_k(30 * logits(0).float(), 3, 1.0))
+        for signal in signals:
+            value = self._value(student, signal, target_ids())
+            assert torch.isfinite(value).all(), "not finite for models that are certain"
+            assert torch.isfinite(_gradient(value, student)).all(), "gradient not finite for models that are certain"
+            if isinstance(signal, torch.Tensor):
+                exact = self._expected(signal.double(), student.detach().double(), target_ids(), 1.0)
+                _close(value.double(), exact, 1e-4, "float32 value for models that are certain")
+
+    def test_entries_that_are_impossible_in_both_models(self) -> None:
+        student, teacher = logits(1), logits(0)
+        labels = target_ids().clamp(max=_V - 3)
+        wanted = self._value(student[:, :-2], teacher[:, :-2], labels)
+        student[:, -2:] = teacher[:, -2:] = -torch.inf
+        student.requires_grad_()
+        value = self._value(student, teacher, labels)
+        _close(value, wanted, 1e-9, "value with entries of -inf")
+        assert torch.isfinite(_gradient(value, student)).all(), "entries of -inf spoil the gradient"
+
+    def test_signals_that_do_not_fit_are_refused(self) -> None:
+        if not self.teacher:
+            pytest.skip("no teacher")
+        unfit: dict[str, Dense | TopK | None] = {"no teacher": None, "another width": Dense(logits(0)[:, :-1])}
+        if self.top_k:
+            unfit["ids beyond the student's"] = TopK(torch.full((6, 1), _V), torch.zeros(6, 1, dtype=torch.float64))
+            if self.temperature_power is not None:
+                unfit["another temperature"] = top_k(logits(0), 3, 1.5)
+        for what, signal in unfit.items():
+            try:
+                self.build()(TokenLossInputs(logits(1), signal, target_ids()))
+            except ConformanceError:
+                continue
+            raise AssertionError(f"{what}: not refused with ConformanceError")
 
     # -- top-k signals
 
@@ -212,11 +263,27 @@ class TokenLossConformance(EngineInvariance):
             mine, its = (self._leaking(signal.ids).requires_grad_() for _ in range(2))
             value = self._value(mine, signal, labels, temperature)
             classes = (_classes(z / temperature, signal.ids) for z in (teacher, its))
-            wanted = self.reference(next(classes), next(classes), labels * 0) * temperature ** (
-                self.temperature_power or 0
-            )
+            places = _places(labels, signal.ids)
+            wanted = self.reference(next(classes), next(classes), places) * temperature ** (self.temperature_power or 0)
             _close(value, wanted, 1e-7, "top-k value: k classes and one for the rest, nothing renormalised")
             _close(_gradient(value, mine), _gradient(wanted, its), 1e-6, "top-k gradient")
+
+    def test_a_tail_mass_that_is_stated_is_the_one_that_is_used(self) -> None:
+        self._wants_top_k()
+        signal = top_k(logits(0), 5, 1.0)
+        kept = signal.ids.clone(), signal.logprobs.clone()
+        rest = 1 - signal.logprobs.exp().sum(-1)
+        plain = self._value(logits(1), signal, target_ids())
+        stated = TopK(signal.ids, signal.logprobs, tail_mass=rest)
+        _close(self._value(logits(1), stated, target_ids()), plain, 1e-7, "value with the tail mass stated")
+        student = logits(1).requires_grad_()
+        # What rounding leaves of 1 - sum(p) can lie below zero.
+        rounded = TopK(signal.ids, signal.logprobs, tail_mass=torch.full_like(rest, -1e-12))
+        value = self._value(student, rounded, target_ids())
+        assert torch.isfinite(value).all(), "a tail mass just below zero gives no number"
+        assert torch.isfinite(_gradient(value, student)).all(), "a tail mass just below zero has no gradient"
+        for now, before in zip((signal.ids, signal.logprobs), kept, strict=True):
+            assert torch.equal(now, before), "a top-k signal was changed in place"
 
     def test_top_k_is_a_lower_bound(self) -> None:
         self._wants_top_k()
@@ -242,6 +309,12 @@ def _classes(z: Tensor, ids: Tensor) -> Tensor:
     probabilities = z.softmax(-1)
     kept = probabilities.gather(-1, ids)
     return torch.cat([kept, (1 - kept.sum(-1, keepdim=True)).clamp_min(math.ulp(0.0))], -1).log()
+
+
+def _places(labels: Tensor, ids: Tensor) -> Tensor:
+    """Where the labels stand among the K + 1 classes: at their place in ``ids``, or last."""
+    found = ids == labels[:, None]
+    return torch.where(found.any(-1), found.int().argmax(-1), torch.full_like(labels, ids.shape[-1]))
 
 
 def _gradient(value: Tensor, student: Tensor, weights: Tensor | None = None) -> Tensor:
