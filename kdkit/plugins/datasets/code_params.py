@@ -51,10 +51,10 @@ class BugNetParams(SplitOptions, StyleOptions, SourceOptions):
     """``chat`` makes one user message. ``paper`` is the prompt that the paper trained GPT-2 on, word for word, except
     that it names the row's language; see ``answer``. ``template`` is text from your own ``template``."""
     answer: Literal["code", "paper"] = "code"
-    """With ``prompt_style: paper``: ``code`` makes the program alone the answer, so that what is trained is what metrics
-    compare with. ``paper`` is the published answer, which starts with ``Solution type``,
-    while the reference stays the program alone: parse-rate, code-exact and exact-match of a perfect student are then 0, and
-    perplexity and teacher-kl are measured on a text that was not trained."""
+    """With ``prompt_style: paper``: ``code`` makes the program alone the answer, so that metrics measure what is
+    trained. ``paper`` is the published answer, which starts with ``Solution type``, while the reference stays the
+    program alone: parse-rate, code-exact and exact-match of a perfect student are then 0, and perplexity and
+    teacher-kl are measured on a text that was not trained."""
     template: Path | None = Field(None, validate_default=True)
     """A Jinja file for ``prompt_style: template``; it sees ``code``, ``error``, ``status``, ``description`` and
     ``language``."""
@@ -100,10 +100,11 @@ class PyTorrentParams(SplitOptions, StyleOptions, SourceOptions):
     ``answer``, and add ``keep_docstring: true`` for its data as well. ``template`` is text from your own
     ``template``."""
     answer: Literal["code", "paper"] = "code"
-    """With ``prompt_style: paper``: ``code`` makes the code alone the answer, so that what is trained is what metrics
-    compare with. ``paper`` is the published answer, framed by ``### solution code`` and ``### End of code``,
-    while the reference stays the code alone: parse-rate, code-exact and exact-match of a perfect student are then 0, and
-    perplexity and teacher-kl are measured on a text that was not trained."""
+    """With ``prompt_style: paper``: ``code`` makes the code alone the answer, so that metrics measure what is
+    trained. ``paper`` is the published answer, framed by ``### solution code`` and
+    ``### End of code``, while the reference stays the
+    code alone: parse-rate, code-exact and exact-match of a perfect student are then 0, and perplexity and
+    teacher-kl are measured on a text that was not trained."""
     template: Path | None = Field(None, validate_default=True)
     """A Jinja file for ``prompt_style: template``; it sees ``text``, ``signature`` and ``name``."""
 

@@ -103,7 +103,7 @@ def pytorrent_converter(params: PyTorrentParams) -> Convert:
         )
         # The order goes by the function in any case: max_rows would else take one package after the other.
         key = prompt_key(parts.code)
-        # Packages carry copies of each other's functions under other docstrings: those of the test part are not trained.
+        # Packages carry copies of each other's functions under other docstrings.
         return Candidate(key, example, _part(function, params), shared=(key,))
 
     return convert
