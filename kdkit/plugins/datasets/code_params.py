@@ -102,9 +102,8 @@ class PyTorrentParams(SplitOptions, StyleOptions, SourceOptions):
     answer: Literal["code", "paper"] = "code"
     """With ``prompt_style: paper``: ``code`` makes the code alone the answer, so that metrics measure what is
     trained. ``paper`` is the published answer, framed by ``### solution code`` and
-    ``### End of code``, while the reference stays the
-    code alone: parse-rate, code-exact and exact-match of a perfect student are then 0, and perplexity and
-    teacher-kl are measured on a text that was not trained."""
+    ``### End of code``, while the reference stays the code alone: exact-match of a perfect student is then 0, and
+    perplexity and teacher-kl are measured on a text that was not trained."""
     template: Path | None = Field(None, validate_default=True)
     """A Jinja file for ``prompt_style: template``; it sees ``text``, ``signature`` and ``name``."""
 
