@@ -14,7 +14,7 @@ from kdkit.testing.tiny import save_tiny_model
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 DATA = ROOT / "kdkit" / "plugins" / "datasets" / "data"
-EVAL = {"dolly": "dolly_sample_en", "bugnet": "bugnet", "pytorrent": "pytorrent"}
+EVAL = {"dolly": "dolly_sample_en", "bugnet": "bugnet", "pytorrent": "pytorrent", "codeforces": "codeforces"}
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -111,17 +111,57 @@ def test_paper_students_see_the_same_rows():
 
 
 def test_eval_only_scores_four_corpora(tiny, tmp_path):
-    var = {"model": str(tiny)}
+    var: dict = {"model": str(tiny)}
     small: dict = {"stages.eval.max_prompt_length": 2000, "stages.eval.sampling.max_new_tokens": 4}
-    for corpus, pattern in {**EVAL, "codeforces": "codeforces"}.items():
+    entries = yaml.safe_load((ROOT / "recipes" / "eval_only.yaml").read_text(encoding="utf-8"))["vars"]
+    for corpus, pattern in EVAL.items():
         (source,) = DATA.glob(f"{pattern}*.jsonl")
-        var[corpus] = str(source)
-        small[f"stages.eval.data.{corpus}.split"] = "all"
+        var[corpus] = {**entries[corpus], "source": str(source), "split": "all"}
     result = kdkit.run(ROOT / "recipes" / "eval_only.yaml", set=small, var=var, out=tmp_path / "runs")
     assert result.ok, result.error
-    assert {key.split("/")[0] for key in result.report["models"]["model"]["metrics"]} == {*EVAL, "codeforces"}
+    assert {key.split("/")[0] for key in result.report["models"]["model"]["metrics"]} == {*EVAL}
     # To repeat the buggy program is a strong answer by word overlap, and a wrong one.
     assert result.report["baselines"]["identity"]["metrics"]["bugnet/rouge-l"]["value"] > 60
+
+
+SHARED = {
+    "dolly": "dolly_en/databricks-dolly-15k.partial.jsonl",
+    "bugnet": "bugnet/bugnet_python.jsonl",
+    "pytorrent": "pytorrent/pypi_functions_in_pytorrent_schema.jsonl",
+    "codeforces": "codeforces/taco_stdio_in_open_r1_schema.jsonl",
+}
+
+
+@pytest.mark.shared
+def test_eval_only_scores_real_files_as_its_header_says(shared_data, tiny, tmp_path):
+    header = (ROOT / "recipes" / "eval_only.yaml").read_text(encoding="utf-8").partition("kdkit: 1")[0]
+    entries = {name: yaml.safe_load(text) for name, text in re.findall(r"--var '(\w+)=(\{.*?\})'", header)}
+    assert entries.keys() == EVAL.keys()
+    var: dict = {"model": str(tiny)}
+    for corpus, entry in entries.items():
+        var[corpus] = {**entry, "source": str(shared_data / SHARED[corpus]), "max_rows": 5}
+    small = {"stages.eval.max_prompt_length": 8000, "stages.eval.max_length": 8192}
+    small["stages.eval.sampling.max_new_tokens"] = 4
+    result = kdkit.run(ROOT / "recipes" / "eval_only.yaml", set=small, var=var, out=tmp_path / "runs")
+    assert result.ok, result.error
+    measured = {tuple(key.split("/")) for key in result.report["models"]["model"]["metrics"]}
+    assert {corpus for corpus, _ in measured} == {*EVAL}
+    # Problems with tests have no reference answers.
+    assert {metric for corpus, metric in measured if corpus == "codeforces"} == {"parse-rate", "length"}
+    assert ("bugnet", "perplexity") in measured
+
+
+@pytest.mark.parametrize("name", ["bugnet", "pytorrent"])
+def test_the_code_recipes_measure_what_they_train(name):
+    """What the published answers got wrong: a perfect student of theirs scores 0 on everything that reads code."""
+    catalogue = load_recipe(ROOT / "recipes" / "paper" / f"{name}.yaml")
+    stages = {n: s.params for n, s in catalogue.stages.items()}
+    parts = [stages["sft"].data, stages["kd"].eval_data, stages["eval"].data]
+    for part in parts:
+        component = part if not isinstance(part, dict) else next(iter(part.values()))
+        rows = component.found.spec.build(component.params).sample().examples
+        assert rows
+        assert all(row.targets == (row.completion,) for row in rows)
 
 
 def test_the_recipe_in_the_readme_is_valid(tmp_path):

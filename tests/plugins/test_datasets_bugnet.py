@@ -105,11 +105,44 @@ def test_paper_style_is_that_of_the_paper(load_context, file):
         f"incorrect:\n{BUGGY}\n### The reported error in the code:\nSyntaxError: invalid syntax\n\n### Original "
         "Status:\nRuntime Error\n\n### Response:\n"
     )
+    # What is trained is what is measured, unless the published answer is asked for.
+    assert (example.completion, example.targets) == (LONGER, (LONGER,))
+    framed = {"prompt_style": "paper", "answer": "paper"}
+    example = only(load(load_context, file(pair()), **framed))
     assert example.completion == f"Solution type replace, solution code{LONGER}"
     assert example.references == (LONGER,)
-    without = only(load(load_context, file(pair(change=None, error=None)), prompt_style="paper"))
+    without = only(load(load_context, file(pair(change=None, error=None)), **framed))
     assert without.completion.startswith("Solution type undetermined, solution code")
     assert "reported error in the code:\nNone\n" in without.prompt
+
+
+@pytest.mark.parametrize("name", ["error", "original_status", "description", "change"])
+def test_rows_that_differ_in_what_a_prompt_shows_are_two(load_context, file, tmp_path, name):
+    template = tmp_path / "t.jinja"
+    template.write_text("{{ error }}{{ status }}{{ description }}{{ code }}")
+    rows = [pair(), pair(**{name: "Other"})]
+    styles = [
+        {"description": True},
+        {"prompt_style": "paper", "answer": "paper"},
+        {"prompt_style": "template", "template": template},
+    ]
+    ids = [
+        {e.id for e in load(load_context, file(*order), dedup="none", **style).examples}
+        for style in styles
+        for order in (rows, rows[::-1])
+    ]
+    assert len(ids[0]) == 2
+    assert all(other == ids[0] for other in ids)
+
+
+def test_an_accepted_program_of_the_test_part_is_not_trained(load_context, file):
+    rows = [pair(f"a = {n}\n", f"b = {n % 20}\n", problem_id=f"p{n}") for n in range(100)]
+    shares = {"test_fraction": 0.3, "validation_fraction": 0.2}
+    parts = [load(load_context, file(*rows), split=part, **shares) for part in ("train", "validation", "test")]
+    programs = [{example.completion for example in part.examples} for part in parts]
+    assert all(programs)
+    assert sum(map(len, programs)) == len(set.union(*programs))
+    assert parts[0].counts["shared-with-other-split"] > 0
 
 
 def test_template(load_context, file, tmp_path):
@@ -343,6 +376,9 @@ def test_a_fence_in_the_program_does_not_end_the_block(load_context, file):
         ("&lt;b&gt; &amp;lt; &le;", "<b> &lt; ≤"),
         ("<![foo[bar <p a='", "<![foo[bar <p a='"),
         ("<" * 100_000, "<" * 100_000),
+        # Minutes, if the time were quadratic in the length.
+        ("<" + "a" * 1_000_000, "<" + "a" * 1_000_000),
+        ("<a" * 500_000, "<a" * 500_000),
         ("", ""),
     ],
 )
@@ -355,6 +391,7 @@ def test_html_to_text(html, text):
     [
         ({"prompt_style": "alpaca"}, "'chat', 'paper' or 'template'"),
         ({"prompt_style": "paper", "description": True}, "with prompt_style: chat only"),
+        ({"answer": "paper"}, "with prompt_style: paper only"),
         ({"columns": "auto-detect"}, "'as-named'"),
         ({"language": "rust"}, "'cpp'"),
         ({"prompt_style": "template"}, "needs a Jinja file"),

@@ -9,8 +9,10 @@ import pytest
 from kdkit.api import DataError, Message
 from kdkit.plugins.datasets.code_params import CodeforcesParams
 from kdkit.plugins.datasets.code_prompts import last_block
-from kdkit.plugins.datasets.codeforces import CodeforcesLoader
+from kdkit.plugins.datasets.codeforces import CodeforcesLoader, codeforces_converter
 from kdkit.plugins.datasets.codeforces_text import PAPER_SYSTEM, THINK_SYSTEM
+from kdkit.plugins.datasets.decontaminate import raw_text
+from kdkit.plugins.datasets.values import SourceRow
 
 ASKED = "Solve it in Python 3."
 TRACE = "<think>\nAdd them.\n```python\nwrong\n```\n</think>\n\nThe sum:\n\n```python\nprint(1)\n```\n"
@@ -199,6 +201,49 @@ def test_all_answers_to_a_problem_are_in_one_part(load_context, file):
     assert sum(map(len, names)) == len(set.union(*names)) == 40
 
 
+@pytest.mark.parametrize("strip", ["", " "])
+def test_one_problem_under_many_ids_is_in_one_part(load_context, file, strip):
+    # Chains in which each names the next one only, and stars whose middle alone names the others.
+    rows = []
+    for n in range(30):
+        names = [f"{n + 100 * part}/A" for part in (1, 2, 3, 4)]
+        others = [[names[1]], [names[2]], [names[3]], None] if n % 2 else [None, None, names[:2] + names[3:], None]
+        rows += [
+            trace(f"{TRACE}{name}", id=f"{name}{strip}", aliases=other and [f"{strip}{other_}" for other_ in other])
+            for name, other in zip(names, others, strict=True)
+        ]
+    shares = {"test_fraction": 0.3, "validation_fraction": 0.3}
+    for order in (rows, rows[::-1]):
+        path = file(*order)
+        parts = [load(load_context, path, split=name, **shares).examples for name in ("train", "validation", "test")]
+        names = [{int(e.extra["problem_id"].split("/")[0]) % 100 for e in examples} for examples in parts]
+        assert sum(map(len, parts)) == 120
+        assert all(names)
+        assert sum(map(len, names)) == 30
+
+
+def test_rows_that_differ_in_what_a_template_shows_are_two(load_context, file, tmp_path):
+    template = tmp_path / "t.jinja"
+    template.write_text("{{ title }}: {{ prompt }}")
+    given = {"prompt_style": "template", "template": template}
+    for order in ([trace(), trace(title="Add")], [trace(title="Add"), trace()]):
+        prompts = {example.prompt for example in load(load_context, file(*order), **given).examples}
+        assert prompts == {f"Sum: {ASKED}", f"Add: {ASKED}"}
+
+
+OPEN_R1 = "A problem, in words that are the same in all rows of the set, and many.\n\n# Problem\n\n{}\n\n## Input\n\nN."
+
+
+@pytest.mark.parametrize("task", ["sft", "rl"])
+def test_decontaminate_compares_statements_and_not_the_instructions_around_them(task):
+    asked = [{"role": "user", "content": OPEN_R1.format("Count the owls.")}, {"role": "assistant", "content": TRACE}]
+    change = {"messages": asked, "prompt": asked[0]["content"]}
+    convert = codeforces_converter(params(task=task, split="all"), {}, {})
+    for description, words in ((None, "Count the owls."), ("Count the crows.", "Count the crows.")):
+        row = trace(**change, description=description)
+        assert raw_text(convert(SourceRow("f:1", row))) == words
+
+
 def test_max_rows_takes_many_problems(load_context, file):
     path = file(*(trace(TRACE + str(n), id=f"{n % 5}/A") for n in range(100)))
     assert len({e.extra["problem_id"] for e in load(load_context, path, max_rows=20).examples}) == 5
@@ -302,6 +347,12 @@ def test_public_tests_alone_are_incomplete(load_context, file):
     assert len(example.extra["official_tests"]) == 1
 
 
+def test_what_the_row_says_of_its_tests_counts_more_than_their_columns(load_context, file):
+    row = trace(official_tests_complete=False)
+    assert rl(load_context, file(row)).counts["incomplete-tests"] == 1
+    assert only(rl(load_context, file(row), incomplete_tests=True)).extra["official_tests_complete"] is False
+
+
 def test_official_tests_without_a_flag_are_taken_for_complete(load_context, file):
     assert only(rl(load_context, file(problem(official_tests_complete=None)))).extra["official_tests_complete"] is True
 
@@ -315,6 +366,8 @@ def test_tests_that_do_not_fit_are_left_out_and_counted(load_context, file):
     example = only(rl(load_context, file(problem(official_tests=tests)), max_tests_bytes=40))
     assert [len(test["input"]) for test in example.extra["official_tests"]] == [10, 20]
     assert example.extra["tests_left_out"] == 1
+    # Who passes these has not passed all.
+    assert example.extra["official_tests_complete"] is False
     assert load_context.lines[0].endswith("left out 1 tests of 1 problems, which have more than 40 bytes of tests")
     # Room is for all tests together, and a test that is there twice takes it once.
     for room, sizes in ((32, [10, 20]), (31, [10])):
@@ -337,6 +390,14 @@ def test_generated_tests_of_other_files(load_context, file, tmp_path):
     example = only(rl(load_context, path, generated_tests=folder))
     assert [test["input"] for test in example.extra["official_tests"]] == ["1 2\n", "5 5\n", "a", "c"]
     assert example.extra["official_tests_complete"] is True
+    some = only(rl(load_context, path, generated_tests=folder, max_tests_bytes=11))
+    assert [test["input"] for test in some.extra["official_tests"]] == ["1 2\n", "a", "c"]
+    assert (some.extra["tests_left_out"], some.extra["official_tests_complete"]) == (1, False)
+    # None of the generated tests fits, so that they complete nothing.
+    none = rl(load_context, path, generated_tests=folder, max_tests_bytes=1)
+    assert none.counts["tests-too-large"] == 1
+    full = problem(official_tests=[{"input": "x" * 10, "output": ""}], official_tests_complete=False)
+    assert rl(load_context, file(full), generated_tests=folder, max_tests_bytes=11).counts["incomplete-tests"] == 1
     # No file for this contest, and an id that is no path.
     for other in ("853/A", "../../852/A"):
         rows = rl(load_context, file(problem(id=other, official_tests_complete=False)), generated_tests=folder)
@@ -351,6 +412,14 @@ def test_damaged_generated_tests(load_context, file, tmp_path, content):
     (tmp_path / "test_cases_0852.parquet").write_bytes(content)
     with pytest.raises(DataError, match=r"test_cases_0852\.parquet: is damaged"):
         rl(load_context, path, generated_tests=tmp_path)
+
+
+def test_generated_tests_that_are_a_bomb_are_not_unpacked(load_context, file, tmp_path, monkeypatch):
+    monkeypatch.setattr("kdkit.plugins.datasets.readers.EXPANSION_FROM", 10_000)
+    rows = [{"problem_id": "852/A", "input": "x" * 9000, "output": "1"}] * 400
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "test_cases_0852.parquet", compression="zstd")
+    with pytest.raises(DataError, match=r"test_cases_0852\.parquet: grows to more than"):
+        rl(load_context, file(problem()), generated_tests=tmp_path)
 
 
 def test_generated_tests_with_other_columns(load_context, file, tmp_path):
@@ -488,6 +557,7 @@ def test_hub_sources(load_context, monkeypatch, given, called):
         return CodeforcesLoader(params()).sample()
 
     monkeypatch.setattr("kdkit.plugins.datasets.codeforces.load_rows", rows)
+    monkeypatch.setattr("kdkit.plugins.datasets.codeforces.source_rows", lambda *_, **__: iter(()))
     CodeforcesLoader(params(**given)).load(load_context)
     assert seen == [(*called, "train")]
 

@@ -61,6 +61,9 @@ def sentence(seed, count=20):
         ("abc中文de テキ", ["abc", "中", "文", "de", "テ", "キ"]),
         ("привет мир 42", ["привет", "мир", "42"]),
         (" ?!\n", []),
+        ("हिन्दी भाषा", ["हिन्दी", "भाषा"]),
+        ("عَرَبِيّ", ["عَرَبِيّ"]),
+        ("ที่", ["ท", "ี", "่"]),
     ],
 )
 def test_words(text, found):
@@ -87,6 +90,10 @@ def test_a_prompt_of_fewer_words_counts_as_a_whole():
     assert not grams.shares("An owl.", ["Name a bird."])
     grams.add("?!", [])
     assert not grams.shares("...", [])
+    assert grams.shares(" ?! ", [])
+    grams.add("🦉 -> 🐁", [])
+    assert grams.shares("🦉  -> 🐁", [])
+    assert not grams.shares("🦉 -> 🐈", [])
 
 
 def test_rows_are_removed_counted_and_named(load_context, file):
@@ -190,7 +197,8 @@ def test_a_broken_evaluation_set_is_named(load_context, file):
     ("given", "message"),
     [
         ({"against": []}, "at least 1 item"),
-        ({"against": {"use": "dolly"}, "ngram": 0}, "greater than or equal to 1"),
+        ({"against": {"use": "dolly"}, "ngram": 2}, "greater than or equal to 3"),
+        ({"against": {"use": "dolly"}, "ngram": 65}, "less than or equal to 64"),
         ({"ngram": 13}, "Field required"),
         ({"against": "./x.jsonl"}, "valid array"),
     ],

@@ -170,6 +170,48 @@ def test_parts_and_ids_do_not_depend_on_the_prompt_style(load_context, file):
     assert all(other == ids[0] for other in ids)
 
 
+def test_the_same_words_with_and_without_a_context_are_in_one_part(load_context, file):
+    both = [
+        {**PLAIN, "instruction": f"Name bird {n}.", "context": f"Or {n}."}
+        if with_context
+        else {**PLAIN, "instruction": f"Name bird {n}.\n\nOr {n}.", "response": "A crow."}
+        for n in range(100)
+        for with_context in (True, False)
+    ]
+    parts = [
+        load(load_context, file(*both), split=part, test_fraction=0.4).examples
+        for part in ("train", "validation", "test")
+    ]
+    prompts = [{example.prompt for example in part} for part in parts]
+    assert all(prompts)
+    assert sum(map(len, prompts)) == len(set.union(*prompts))
+    assert len(load(load_context, file(*both)).examples) == 200
+
+
+def test_what_a_template_leaves_out_makes_no_prompt_of_two_parts(load_context, file, tmp_path):
+    template = tmp_path / "t.jinja"
+    template.write_text("{{ category }}: {{ instruction }}")
+    rows = [
+        {**PLAIN, "instruction": f"Name bird {n % 40}.", "context": f"C{n}", "response": f"Owl {n}."}
+        for n in range(120)
+    ]
+    given = {"prompt_style": "template", "template": template, "test_fraction": 0.3}
+    parts = [load(load_context, file(*rows), split=part, **given) for part in ("train", "validation", "test")]
+    prompts = [{example.prompt for example in part.examples} for part in parts]
+    assert sum(map(len, prompts)) == len(set.union(*prompts))
+    assert parts[0].counts["shared-with-other-split"] > 0
+    # The template shows the category, so that two categories are two rows.
+    twice = [PLAIN, {**PLAIN, "category": "brainstorming"}]
+    for order in (twice, twice[::-1]):
+        found = load(load_context, file(*order), prompt_style="template", template=template).examples
+        assert {e.prompt for e in found} == {"open_qa: Name a bird.", "brainstorming: Name a bird."}
+
+
+def test_which_category_a_copy_has_does_not_depend_on_the_order(load_context, file):
+    twice = [PLAIN, {**PLAIN, "category": "brainstorming"}]
+    assert len({only(load(load_context, file(*order))).category for order in (twice, twice[::-1])}) == 1
+
+
 def test_a_byte_order_mark_is_no_text(load_context, file):
     row = {**WITH_CONTEXT, "context": "\ufeffAna\ufeff sings.", "instruction": "\ufeffWho?"}
     assert only(load(load_context, file(row))).prompt == (Message("user", "Who?\n\nAna\ufeff sings."),)

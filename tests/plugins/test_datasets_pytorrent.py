@@ -109,6 +109,9 @@ def test_paper_style_is_that_of_the_paper(load_context, file):
         "Below is an instruction that describes a task. Write a programming script that appropriately completes the "
         "request.\n\n### Request:\nTwice a number.\n### Response:\n"
     )
+    assert (example.completion, example.targets) == (SOURCE, (SOURCE,))
+    given = {"prompt_style": "paper", "answer": "paper", "keep_docstring": True}
+    example = only(load(load_context, file(function()), **given))
     assert example.completion == f"### solution code \n\n{SOURCE}\n\n### End of code\n"
     assert example.references == (SOURCE,)
 
@@ -144,6 +147,13 @@ def test_template(load_context, file, tmp_path):
             'def f(\n    a,  # :\n):\n    "é"\n',
             "def f(\n    a,  # :\n):",
         ),
+        ('def f():\n    ("""d""")\n    x\n', "def f():\n    x\n", "def f():"),
+        ('def f():\n    (  # a\n        ("d"\n        "e")\n    )  # b\n    x\n', "def f():\n    x\n", "def f():"),
+        ('def f(): ("d"); x\n', "def f(): x\n", "def f():"),
+        ('def f():\r    """d"""\r    return 1\r', "def f():\r    return 1\r", "def f():"),
+        ('def f():\n    """d\r e"""\n    return 1\r\n', "def f():\n    return 1\r\n", "def f():"),
+        ('def f():\n    """d""";\n    return 1\n', "def f():\n    return 1\n", "def f():"),
+        ('def f():\n    """d""" ; # c\n    return 1\n', "def f():\n    return 1\n", "def f():"),
         ('class A(B):\n    """d"""\n\n    x = 1\n', "class A(B):\n\n    x = 1\n", "class A(B):"),
         ('def f():\n    """d"""\n    def g():\n        """e"""\n    return g\n', None, "def f():"),
     ],
@@ -167,6 +177,11 @@ def test_docstrings_are_cut_out_and_all_else_stays(source, code, signature):
         'def f():\n    b"d"\n    return 1\n',
         'def f():\n    "a", "b"\n',
         'def f():\n    x = """d"""\n',
+        'def f():\n    ("d",)\n    x\n',
+        'def f():\n    ("d").x\n    x\n',
+        'def f():\n    ("d") + ("e")\n    x\n',
+        "def f():\n    ()\n    x\n",
+        'def f():\n    ("d")("e")\n    x\n',
         'def f():\n    return """\n    d"""\n',
     ],
 )
@@ -176,7 +191,16 @@ def test_code_without_docstring_is_left_alone(source):
 
 
 @pytest.mark.parametrize(
-    "source", ['def f(): "d"', 'def f():\n    """d"""\n', 'def f():\n    "d"  # x\n    # more\n\n', 'class A: "d"\n']
+    "source",
+    [
+        'def f(): "d"\nx = 1\n',
+        'def f(): "d";\nx = 1\n',
+        'def f():\n    "d";\nx = 1\n',
+        'def f(): "d"',
+        'def f():\n    """d"""\n',
+        'def f():\n    "d"  # x\n    # more\n\n',
+        'class A: "d"\n',
+    ],
 )
 def test_only_a_docstring(source):
     assert read_function(source).only_docstring
@@ -410,6 +434,35 @@ def test_hub_configuration(load_context, monkeypatch):
     PyTorrentLoader(params()).load(load_context)
     PyTorrentLoader(params(source="org/name")).load(load_context)
     assert called == [("code-search-net/code_search_net", "python", "train"), ("org/name", None, "train")]
+
+
+def test_the_published_answer_goes_with_the_published_prompt():
+    with pytest.raises(ValueError, match="with prompt_style: paper only"):
+        params(answer="paper")
+
+
+def test_a_byte_order_mark_is_no_code(load_context, file):
+    assert only(load(load_context, file(function(original_string="\ufeff" + SOURCE)))).completion == CODE
+
+
+@pytest.mark.parametrize("dedup", ["exact", "prompt"])
+def test_a_function_of_the_test_part_is_not_trained_under_another_docstring(load_context, file, dedup):
+    rows = [
+        function(
+            repo=f"r{n}",
+            original_string=f'def f{n % 50}():\n    """Doc {n}."""\n    return {n % 50}\n',
+            summary=f"D {n}.",
+        )
+        for n in range(100)
+    ]
+    shares = {"test_fraction": 0.3, "validation_fraction": 0.2, "dedup": dedup}
+    parts = [load(load_context, file(*rows), split=part, **shares) for part in ("train", "validation", "test")]
+    code = [{example.completion for example in part.examples} for part in parts]
+    assert all(code)
+    assert sum(map(len, code)) == len(set.union(*code))
+    assert parts[0].counts["shared-with-other-split"] > 0
+    # Within one part such copies are different things to learn.
+    assert len(load(load_context, file(*rows)).examples) == 100
 
 
 def test_paper_style_has_no_place_for_a_signature():

@@ -330,6 +330,32 @@ def test_a_json_list_that_breaks_off_says_where(tmp_path, data, what):
     assert one_line(error).startswith(f"{file}{what}")
 
 
+@pytest.mark.parametrize(
+    ("broken", "what"),
+    [
+        (b'{"a": 1 "b": 2}', "Expecting ',' delimiter at character 20"),
+        (b"{'a': 1}", "Expecting property name enclosed in double quotes at character 13"),
+        (b'{"a": tru}', "Expecting value at character 18"),
+        (b'{"a": "\x01"}', "Invalid control character at character 19"),
+    ],
+)
+def test_a_syntax_error_in_a_long_json_list_is_no_long_item(tmp_path, monkeypatch, broken, what):
+    monkeypatch.setattr(readers, "MAX_LINE", 1000)
+    monkeypatch.setattr(json_list, "_CHUNK", 100)
+    file = write(tmp_path / "x.json", b'[{"a": 1}, ' + broken + b', {"a": 3}' * 1000 + b"]")
+    with pytest.raises(DataError) as error:
+        list(read_rows(file))
+    assert one_line(error).startswith(f"{file}:[2]: is not JSON: {what}")
+
+
+@pytest.mark.parametrize("chunk", range(1, 40))
+def test_a_json_list_is_the_same_wherever_the_window_ends(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(json_list, "_CHUNK", chunk)
+    items = [{"é": '\u2028\\"', "n": [-1.5e-10, True, False, None]}, {"𝄞": "𝄞𝄞", "m": [123456789, {}]}]
+    file = write(tmp_path / "x.json", json.dumps(items, indent=1).encode())
+    assert [row.columns for row in read_rows(file)] == items
+
+
 def test_longest_item_of_a_json_list(tmp_path, monkeypatch):
     monkeypatch.setattr(readers, "MAX_LINE", 1000)
     monkeypatch.setattr(json_list, "_CHUNK", 100)

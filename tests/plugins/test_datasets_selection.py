@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdkit.api import Example, Message
-from kdkit.plugins.datasets import selection, spool
+from kdkit.api import DataError, Example, Message
+from kdkit.plugins.datasets import selection, splits, spool
 from kdkit.plugins.datasets.options import SplitOptions
 from kdkit.plugins.datasets.splits import Candidate, collect, content_id, part_of, prompt_key
 from kdkit.plugins.datasets.values import SourceRow
@@ -28,9 +28,20 @@ def convert(row: SourceRow) -> Candidate:
     return Candidate(group or prompt_key(prompt), example)
 
 
+class Source:
+    """Rows that can be read again, as those of a file; counts how often they are."""
+
+    def __init__(self, rows):
+        self.rows, self.passes = rows, 0
+
+    def __iter__(self):
+        self.passes += 1
+        rows = self.rows() if callable(self.rows) else self.rows
+        return (SourceRow(f"f:{n}", {"row": (*row, "")[:3]}) for n, row in enumerate(rows))
+
+
 def take(rows, opts, **kwargs):
-    source = (SourceRow(f"f:{n}", {"row": (*row, "")[:3]}) for n, row in enumerate(rows))
-    return collect(source, convert, opts, **kwargs)[0]
+    return collect(Source(rows), convert, opts, **kwargs)[0]
 
 
 def plain(text):
@@ -102,6 +113,97 @@ def test_max_rows_and_a_file_change_nothing_about_which_rows_are_kept(monkeypatc
         assert few.counts["duplicate"] == 100
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("memory", [selection.MEMORY, 0])
+def test_max_rows_are_found_although_copies_in_another_part_beat_those_held(monkeypatch, reverse, memory):
+    monkeypatch.setattr(selection, "_SPARE", 0)
+    monkeypatch.setattr(selection, "MEMORY", memory)
+    groups = {part: [f"g{n}" for n in range(99) if part_of(f"g{n}", options(test_fraction=0.5)) == part] for part in
+              ("train", "test")}  # fmt: skip
+    # The order goes by the group: of the training rows those that are beaten come first, and would alone be held.
+    place = {g: splits._bits(f"0:order:{g}") for names in groups.values() for g in names}
+    first, last = min(groups["test"], key=place.get), max(groups["train"], key=place.get)
+    beaten = min((g for g in groups["train"] if place[g] > place[first]), key=place.get)
+    rows = [(f"{n}", "a", beaten) for n in range(60)] + [(f"x{n}", "a", last) for n in range(60)]
+    rows += [(f"{n}", "a", first) for n in range(60)]
+    rows.sort(key=lambda row: content_id(row[0], row[2], answers=[row[1]]), reverse=reverse)
+    given = {"split": "train", "test_fraction": 0.5, "validation_fraction": 0}
+    everything = take(rows, options(**given))
+    assert len(everything.examples) == 60
+    for count in (1, 10, 59, 60, 61):
+        source = Source(rows)
+        few = collect(source, convert, options(max_rows=count, **given))[0]
+        assert list(few.examples) == list(everything.examples)[:count]
+        assert few.counts.get("over-max-rows", 0) == max(0, 60 - count)
+        once = collect(iter(Source(rows)), convert, options(max_rows=count, **given))[0]
+        assert (list(once.examples), once.counts) == (list(few.examples), few.counts)
+        assert source.passes <= 2
+    rows.sort(key=lambda row: row[2] == first)
+    source = Source(rows)
+    assert list(collect(source, convert, options(max_rows=10, **given))[0].examples) == list(everything.examples)[:10]
+    assert source.passes == 2
+
+
+def test_rows_that_change_between_two_passes_are_an_error(monkeypatch):
+    monkeypatch.setattr(selection, "_SPARE", 0)
+    passes = iter([[("a", "x", ""), ("b", "y", "")], []])
+    monkeypatch.setattr(selection.Selection, "_hold", lambda *given: None)
+    with pytest.raises(DataError, match="changed while they were read"):
+        take(lambda: next(passes), options(max_rows=1))
+
+
+def tagged(rows, opts):
+    def convert(row: SourceRow) -> Candidate:
+        key, shared = row.columns["row"]
+        return Candidate(key, Example(id=f"{key}-{row.where}", prompt=row.where, completion="c"), shared=shared)
+
+    return collect([SourceRow(f"f:{n}", {"row": row}) for n, row in enumerate(rows)], convert, opts)[0]
+
+
+def test_what_two_parts_share_stays_in_the_later_one():
+    shares = {"test_fraction": 0.3, "validation_fraction": 0.3}
+    keys = {part_of(f"g{n}", options(**shares)): f"g{n}" for n in range(99)}
+    train, validation, test = (keys[part] for part in ("train", "validation", "test"))
+    rows = [(train, ("a",)), (validation, ("a",)), (test, ("a", "b")), (train, ("b", "c")), (validation, ("c",))]
+    rows += [(train, ("d",)), (train, ("d",)), (train, ())]
+    kept = {part: tagged(rows, options(split=part, **shares)) for part in ("train", "validation", "test", "all")}
+    assert {part: sorted(e.prompt for e in found.examples) for part, found in kept.items()} == {
+        "train": ["f:5", "f:6", "f:7"],
+        "validation": ["f:4"],
+        "test": ["f:2"],
+        "all": [f"f:{n}" for n in range(8)],
+    }
+    assert kept["train"].counts["shared-with-other-split"] == 2
+    for found in kept.values():
+        assert found.counts["read"] == sum(number for name, number in found.counts.items() if name != "read")
+    assert len(tagged(rows, options(split="train", dedup="none", **shares)).examples) == 5
+
+
+def test_of_rows_that_differ_in_category_or_extra_columns_one_stays_whatever_the_order():
+    facts = [("x", {"tests": [1]}), ("x", {"tests": [2]}), ("y", {"tests": [1]}), ("x", {"tests": [1]})]
+    kept = set()
+    for order in (facts, facts[::-1]):
+        rows = [SourceRow(f"f:{n}", {"row": fact}) for n, fact in enumerate(order)]
+
+        def convert(row):
+            category, extra = row.columns["row"]
+            return Candidate("k", Example(id="1", prompt="p", category=category, extra=extra))
+
+        (example,) = collect(rows, convert, options(max_rows=1))[0].examples
+        kept.add(json.dumps([example.category, example.extra]))
+    assert len(kept) == 1
+
+
+@pytest.mark.parametrize("order", [["x", "x", "x~2"], ["x~2", "x", "x"], ["x", "x~2", "x"], ["x"] * 3 + ["x~2"] * 2])
+def test_generated_ids_are_no_ids_of_the_source(order):
+    def convert(row):
+        return Candidate(row.columns["id"], Example(id=row.columns["id"], prompt=row.columns["id"]))
+
+    rows = [SourceRow(f"f:{n}", {"id": name}) for n, name in enumerate(order)]
+    ids = [example.id for example in collect(rows, convert, options(dedup="none"))[0].examples]
+    assert len(set(ids)) == len(ids) == len(order)
+
+
 def test_the_row_that_stays_is_the_first_in_hash_order():
     rows = [("same", "a", f"g{n}") for n in range(50)]
     (kept,) = take(rows, options()).examples
@@ -160,7 +262,8 @@ def test_memory_does_not_grow_with_the_texts(monkeypatch, given):
     def peak(count: int) -> int:
         tracemalloc.start()
         try:
-            examples = take(((f"{n} {text}", f"{n}") for n in range(count)), options(**given)).examples
+            rows = lambda: ((f"{n} {text}", f"{n}") for n in range(count))  # noqa: E731
+            examples = take(rows, options(**given)).examples
             assert sum(len(example.prompt) > 10_000 for example in examples) == min(count, given.get("max_rows", count))
             return tracemalloc.get_traced_memory()[1]
         finally:

@@ -87,9 +87,10 @@ def bugnet_converter(params: BugNetParams, readings: Mapping[str, Reading | None
             return unusable
         values = _values(columns, buggy, language, with_description=params.description or params.template is not None)
         prompt = make_prompt(_chat_text(values), values)
-        paper = params.prompt_style == "paper"
+        paper = params.answer == "paper"
         example = Example(
-            id=content_id(problem, buggy, answers=(accepted,)),
+            # All that any style shows, so that rows that differ in it only are not taken for one.
+            id=content_id(problem, *_shown(columns, values), answers=(accepted, optional_text(columns, "change"))),
             prompt=prompt,
             completion=_paper_answer(columns, accepted) if paper else accepted,
             references=(accepted,) if paper else (),
@@ -98,7 +99,9 @@ def bugnet_converter(params: BugNetParams, readings: Mapping[str, Reading | None
             extra=_extra(columns, problem, language),
         )
         # The order goes by the program: max_rows would else take all pairs of one problem after the other.
-        return Candidate(prompt_key(buggy), example, part_of(prompt_key(problem), params) if problem else None)
+        part = part_of(prompt_key(problem), params) if problem else None
+        # Two problems may have one solution: what is accepted in the test part is not trained.
+        return Candidate(prompt_key(buggy), example, part, shared=(prompt_key(accepted),))
 
     return convert
 
@@ -126,6 +129,11 @@ def _values(columns: Mapping[str, Any], buggy: str, language: str, *, with_descr
         "raw_error": str(columns.get("error")),
         "raw_status": str(columns.get("original_status")),
     }
+
+
+def _shown(columns: Mapping[str, Any], values: Mapping[str, str]) -> tuple[str, ...]:
+    names = ("code", "raw_error", "raw_status", "language")
+    return (*(values[name] for name in names), optional_text(columns, "description"))
 
 
 def _chat_text(values: Mapping[str, str]) -> str:

@@ -48,9 +48,13 @@ class BugNetParams(SplitOptions, StyleOptions, SourceOptions):
     contradict the rest of their file, and fails when the rows of a file disagree. ``as-named`` and ``swapped`` check
     nothing."""
     prompt_style: Literal["chat", "paper", "template"] = "chat"
-    """``chat`` makes one user message, and the answer is the program alone. ``paper`` is the prompt and the answer that
-    the paper trained GPT-2 on, word for word (the answer starts with ``Solution type``; the reference for metrics is
-    the program alone), except that it names the row's language. ``template`` is text from your own ``template``."""
+    """``chat`` makes one user message. ``paper`` is the prompt that the paper trained GPT-2 on, word for word, except
+    that it names the row's language; see ``answer``. ``template`` is text from your own ``template``."""
+    answer: Literal["code", "paper"] = "code"
+    """With ``prompt_style: paper``: ``code`` makes the program alone the answer, so that metrics measure what is
+    trained. ``paper`` is the published answer, which starts with ``Solution type``, while the reference stays the
+    program alone: parse-rate, code-exact and exact-match of a perfect student are then 0, and perplexity and
+    teacher-kl are measured on a text that was not trained."""
     template: Path | None = Field(None, validate_default=True)
     """A Jinja file for ``prompt_style: template``; it sees ``code``, ``error``, ``status``, ``description`` and
     ``language``."""
@@ -61,6 +65,12 @@ class BugNetParams(SplitOptions, StyleOptions, SourceOptions):
     def _description_fits(self) -> Self:
         if self.description and self.prompt_style != "chat":
             raise PydanticCustomError("description", "description: with prompt_style: chat only")
+        return self
+
+    @model_validator(mode="after")
+    def _answer_fits(self) -> Self:
+        if self.answer == "paper" and self.prompt_style != "paper":
+            raise PydanticCustomError("answer", "answer: paper goes with prompt_style: paper only")
         return self
 
 
@@ -86,10 +96,14 @@ class PyTorrentParams(SplitOptions, StyleOptions, SourceOptions):
     keep_docstring: bool = False
     """Leave the docstring in the code to write. The paper did, and so its answers repeat the prompt."""
     prompt_style: Literal["chat", "paper", "template"] = "chat"
-    """``chat`` makes one user message, and the answer is the code alone. ``paper`` is the prompt and the answer that
-    the paper trained GPT-2 on, word for word (the answer is framed by ``### solution code`` and ``### End of code``;
-    the reference for metrics is the code alone); add ``keep_docstring: true`` for its data as well. ``template`` is
-    text from your own ``template``."""
+    """``chat`` makes one user message. ``paper`` is the prompt that the paper trained GPT-2 on, word for word; see
+    ``answer``, and add ``keep_docstring: true`` for its data as well. ``template`` is text from your own
+    ``template``."""
+    answer: Literal["code", "paper"] = "code"
+    """With ``prompt_style: paper``: ``code`` makes the code alone the answer, so that metrics measure what is
+    trained. ``paper`` is the published answer, framed by ``### solution code`` and
+    ``### End of code``, while the reference stays the code alone: exact-match of a perfect student is then 0, and
+    perplexity and teacher-kl are measured on a text that was not trained."""
     template: Path | None = Field(None, validate_default=True)
     """A Jinja file for ``prompt_style: template``; it sees ``text``, ``signature`` and ``name``."""
 
@@ -97,6 +111,12 @@ class PyTorrentParams(SplitOptions, StyleOptions, SourceOptions):
     def _signature_fits(self) -> Self:
         if self.prompt_style == "paper" and self.prompt_with.endswith("+signature"):
             raise PydanticCustomError("prompt_with", "prompt_with: prompt_style: paper has no place for a signature")
+        return self
+
+    @model_validator(mode="after")
+    def _answer_fits(self) -> Self:
+        if self.answer == "paper" and self.prompt_style != "paper":
+            raise PydanticCustomError("answer", "answer: paper goes with prompt_style: paper only")
         return self
 
 

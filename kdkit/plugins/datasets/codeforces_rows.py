@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any, Final
 
 from kdkit.api.data import Example
 from kdkit.api.errors import DataError
-from kdkit.models.examples import json_kind, messages_from_json
+from kdkit.models.examples import messages_from_json
 from kdkit.plugins.datasets.code_params import CodeforcesParams
 from kdkit.plugins.datasets.code_prompts import StyledPrompt, language_of, last_block, row_language, styled_prompt
+from kdkit.plugins.datasets.codeforces_groups import label
 from kdkit.plugins.datasets.codeforces_tests import (
     ProblemTests,
     generated_tests,
@@ -22,19 +22,11 @@ from kdkit.plugins.datasets.codeforces_text import PAPER_SYSTEM, TEMPLATE, THINK
 from kdkit.plugins.datasets.splits import content_id
 from kdkit.plugins.datasets.values import RowError, optional_text, text
 
-__all__ = ["Answers", "Problems", "label"]
+__all__ = ["Answers", "Problems"]
 
 _SYSTEM: Final = {"think": THINK_SYSTEM, "paper": PAPER_SYSTEM}
 _OPEN: Final = "<think>"
 _CLOSE: Final = "</think>"
-
-
-def label(columns: Mapping[str, Any], name: str) -> str:
-    """The text or whole number in column ``name`` as text, empty when it is missing or null."""
-    value = columns.get(name)
-    if isinstance(value, bool) or not isinstance(value, str | int | None):
-        raise RowError(f"{name!r} is {json_kind(value)}, neither text nor a whole number")
-    return "" if value is None else str(value).strip()
 
 
 def _style(params: CodeforcesParams) -> StyledPrompt:
@@ -66,7 +58,8 @@ class Answers:
             return "empty-prompt"
         completion = answer if self._params.traces else answer.rpartition(_CLOSE)[2].lstrip()
         return Example(
-            id=content_id(problem, values["prompt"], answers=(answer,)),
+            # All that a template can show, so that rows that differ in it only are not taken for one.
+            id=content_id(problem, *values.values(), answers=(answer,)),
             prompt=self._make_prompt(values["prompt"], values),
             completion=completion,
             category=optional_text(columns, "problem_type"),
@@ -94,11 +87,11 @@ def _is_cut(columns: Mapping[str, Any], answer: str) -> bool:
 
 
 class Problems:
-    """Problems with tests, for ``task: rl``; ``tally`` counts ``tests`` left out and their ``problems``."""
+    """Problems with tests, for ``task: rl``; ``left_out`` receives how many tests of a problem did not fit."""
 
-    def __init__(self, params: CodeforcesParams, tally: Counter[str]) -> None:
+    def __init__(self, params: CodeforcesParams, left_out: dict[str, int]) -> None:
         self._params = params
-        self._tally = tally
+        self._left_out = left_out
         self._make_prompt = _style(params)
 
     def example(self, columns: Mapping[str, Any], problem: str) -> Example | str:
@@ -136,12 +129,12 @@ class Problems:
         """Tests that can judge a program, or why there are none."""
         params = self._params
         found = problem_tests(columns, generated_tests(params.generated_tests, problem), params.max_tests_bytes)
-        if not found.complete and not params.incomplete_tests and (found.tests or found.elsewhere):
+        if not found.all_known and not params.incomplete_tests and (found.tests or found.elsewhere):
             return "tests-elsewhere" if found.elsewhere else "incomplete-tests"
         if not found.tests:
             return "tests-too-large" if found.left_out else "no-tests"
         if found.left_out:
-            self._tally.update(tests=found.left_out, problems=1)
+            self._left_out[problem] = found.left_out
         return found
 
 

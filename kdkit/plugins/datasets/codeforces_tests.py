@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from kdkit.api.errors import DataError, EnvironmentUnmet
 from kdkit.models.examples import json_kind
+from kdkit.plugins.datasets.readers import parquet_objects
 from kdkit.plugins.datasets.values import RowError, clean_row, optional_text
 
 __all__ = ["ProblemTests", "Test", "generated_tests", "problem_tests", "read_tests", "unjudgeable"]
@@ -22,7 +23,6 @@ __all__ = ["ProblemTests", "Test", "generated_tests", "problem_tests", "read_tes
 Test = dict[str, str]
 _COLUMNS: Final = ("official_tests", "private_tests", "public_tests", "public_tests_ms", "generated_tests")
 _FILE_COLUMNS: Final = ["problem_id", "input", "output"]
-_BATCH: Final = 64
 _INTERACTIVE: Final = frozenset({"interactive", "interactor"})
 
 
@@ -32,15 +32,19 @@ class ProblemTests:
 
     Attributes:
         tests: Without repetitions, in the order of the columns; they fit the room that there is.
-        complete: They are all tests of the judge, or stand in for them.
+        all_known: The source has all tests of the judge, or some that stand in for them.
         elsewhere: Generated tests exist that are not in the row.
         left_out: How many did not fit.
     """
 
     tests: tuple[Test, ...]
-    complete: bool
+    all_known: bool
     elsewhere: bool
     left_out: int
+
+    @property
+    def complete(self) -> bool:
+        return self.all_known and not self.left_out
 
 
 def unjudgeable(columns: Mapping[str, Any]) -> str:
@@ -65,32 +69,32 @@ def problem_tests(columns: Mapping[str, Any], generated: Iterator[Test], room: i
     number = count if isinstance(count, int | float) and not isinstance(count, bool) else None
     named = {name: read_tests(columns, name) for name in (_COLUMNS if number is None else _COLUMNS[:-1])}
     tests: dict[tuple[str, str], Test] = {}
-    used = left_out = found = 0
+    used = left_out = seen = generated_kept = 0
     for origin in (*(iter(group) for group in named.values()), generated):
         for test in origin:
-            found += origin is generated
+            seen += origin is generated
             size = len(test["input"].encode()) + len(test["output"].encode())
-            if (test["input"], test["output"]) in tests:
-                continue
-            if used + size > room:
-                left_out += 1
+            fits = (test["input"], test["output"]) in tests or used + size <= room
+            generated_kept += fits and origin is generated
+            left_out += not fits
+            if not fits or (test["input"], test["output"]) in tests:
                 continue
             tests[test["input"], test["output"]] = test
             used += size
     return ProblemTests(
         tests=tuple(tests.values()),
-        complete=bool(found) or _complete(columns, named),
-        elsewhere=bool(number and number > 0 and not found),
+        all_known=bool(generated_kept) or _all_known(columns, named),
+        elsewhere=bool(number and number > 0 and not seen),
         left_out=left_out,
     )
 
 
-def _complete(columns: Mapping[str, Any], named: Mapping[str, list[Test]]) -> bool:
+def _all_known(columns: Mapping[str, Any], named: Mapping[str, list[Test]]) -> bool:
     """Whether the row says that its official tests are all; rows that say nothing need more than public ones."""
-    if named.get("private_tests") or named.get("generated_tests"):
-        return True
     said = _flag(columns, "official_tests_complete")
-    return bool(named["official_tests"]) if said is None else said
+    if said is not None:
+        return said
+    return any(named.get(name) for name in ("official_tests", "private_tests", "generated_tests"))
 
 
 def read_tests(columns: Mapping[str, Any], name: str) -> list[Test]:
@@ -143,18 +147,11 @@ def generated_tests(directory: Path | None, problem: str) -> Iterator[Test]:
 
 
 def _parquet_tests(file: Path, problem: str) -> Iterator[Test]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     try:
-        with pq.ParquetFile(file) as table:
-            if not {*_FILE_COLUMNS} <= {*table.schema_arrow.names}:
-                raise DataError(f"has no columns {', '.join(_FILE_COLUMNS)}", where=str(file))
-            for batch in table.iter_batches(batch_size=_BATCH, columns=_FILE_COLUMNS):
-                for row in batch.to_pylist():
-                    if row.get("problem_id") == problem:
-                        yield from read_tests({"tests": [clean_row(row, table=True)]}, "tests")
-    except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise DataError(f"is damaged: {error}", where=str(file), hint="fetch it again") from error
+        for row in parquet_objects(file, columns=_FILE_COLUMNS):
+            if isinstance(row, RowError):
+                raise DataError(f"is damaged: a row {row}", where=str(file), hint="fetch it again")
+            if row["problem_id"] == problem:
+                yield from read_tests({"tests": [clean_row(row, table=True)]}, "tests")
     except OSError as error:
         raise EnvironmentUnmet(f"cannot be read: {error}", where=str(file)) from error

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, Final
 
+from kdkit.api.data import Message
 from kdkit.models.examples import json_kind
 from kdkit.plugins.datasets.code_prompts import LANGUAGE_NAMES, fenced
 from kdkit.plugins.datasets.codeforces_tests import Test
 from kdkit.plugins.datasets.values import RowError, optional_text
 
-__all__ = ["PAPER_SYSTEM", "TEMPLATE", "THINK_SYSTEM", "limit", "statement_values"]
+__all__ = ["PAPER_SYSTEM", "TEMPLATE", "THINK_SYSTEM", "limit", "statement_of", "statement_values"]
 
 THINK_SYSTEM: Final = (
     "Reason before you answer. Write your reasoning between <think> and </think>, in numbered steps that begin with "
@@ -35,6 +37,7 @@ TEMPLATE: Final = (
     "prompt",
 )
 """What a template sees."""
+_HEADING: Final = re.compile(r"^#+ [^\n]*\n", re.MULTILINE)
 _HIGHEST: Final = 1_000_000
 _LIMITS: Final = (("time_limit", "Time limit per test", "s"), ("memory_limit", "Memory limit", "MB"))
 
@@ -64,6 +67,19 @@ def statement_values(columns: Mapping[str, Any], examples: list[Test], language:
     by_file = optional_text(columns, "input_mode") == "file"
     values["prompt"] = optional_text(columns, "prompt").strip() or _prompt(values, language, by_file=by_file)
     return values
+
+
+def statement_of(columns: Mapping[str, Any], prompt: str | tuple[Message, ...]) -> str:
+    """A problem in its own words, for ``decontaminate``.
+
+    Its description, or what stands under the first heading of its prompt, as in open-r1's: the instructions before it
+    are the same in all rows, and the sections after it have sentences that hundreds of problems share.
+    """
+    if description := optional_text(columns, "description").strip():
+        return description
+    asked = prompt if isinstance(prompt, str) else prompt[-1].content
+    _, *sections = _HEADING.split(asked)
+    return next((section.strip() for section in sections if section.strip()), asked)
 
 
 def _prompt(values: Mapping[str, str], language: str, *, by_file: bool) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import sys
 import unicodedata
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any, Final, TypeVar
 
 from kdkit.api.artifacts import Artifact
@@ -23,13 +25,25 @@ _UNSPACED: Final = (
     r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 )
 """Thai, Lao, Burmese, Khmer, Japanese syllables and Chinese characters."""
-_WORD: Final = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
 _SHOWN: Final = 5
 
 
 def words(text: str) -> list[str]:
-    """The words of ``text`` without case: runs of letters and digits; single characters where no blanks are written."""
-    return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
+    """The words of ``text`` without case: runs of letters, digits and marks; single characters where no blanks are
+    written.
+    """
+    return _word().findall(_plain(text))
+
+
+@cache
+def _word() -> re.Pattern[str]:
+    # Marks are no letters for the regular expression, but vowels of Hindi and Arabic are.
+    marks = "".join(char for char in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(char)[0] == "M")
+    return re.compile(rf"[{_UNSPACED}]|(?:[^\W{_UNSPACED}]|(?![{_UNSPACED}])[{marks}])+")
+
+
+def _plain(text: str) -> str:
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
 
 
 class NGrams:
@@ -47,8 +61,8 @@ class NGrams:
     def add(self, prompt: str, answers: Sequence[str]) -> None:
         """Take in one row of an evaluation set."""
         found = words(prompt)
-        if found and len(found) < self._size:
-            self._short.add(hash(tuple(found)))
+        if len(found) < self._size:
+            self._short.add(_whole(prompt, found))
         self._grams.update(self._hashes(found))
         for answer in answers:
             self._grams.update(self._hashes(words(answer)))
@@ -57,14 +71,19 @@ class NGrams:
         """Whether any n-gram was there before; a prompt of fewer words counts when it was there as a whole."""
         found = words(prompt)
         if len(found) < self._size:
-            if hash(tuple(found)) in self._short:
+            if _whole(prompt, found) in self._short:
                 return True
         elif not self._grams.isdisjoint(self._hashes(found)):
             return True
         return any(not self._grams.isdisjoint(self._hashes(words(answer))) for answer in answers)
 
     def _hashes(self, found: list[str]) -> Iterator[int]:
-        return map(hash, zip(*(found[start:] for start in range(self._size)), strict=False))
+        return (hash(tuple(found[start : start + self._size])) for start in range(len(found) - self._size + 1))
+
+
+def _whole(prompt: str, found: list[str]) -> int:
+    """A short prompt as a hash: its words, or all of it when it has none, as a row of signs or emoji."""
+    return hash(tuple(found) or " ".join(_plain(prompt).split()))
 
 
 class Contamination:

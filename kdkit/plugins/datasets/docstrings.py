@@ -7,6 +7,7 @@ functions cut from their class work, and no depth of nesting can exhaust the int
 from __future__ import annotations
 
 import io
+import re
 import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -67,9 +68,12 @@ class _Reader:
 
     def __init__(self, source: str) -> None:
         self._source = source
-        # StringIO ends lines at "\n" alone, as the offsets below do.
-        self._tokens: Iterator[TokenInfo] = tokenize.generate_tokens(io.StringIO(source).readline)
-        self._starts = [0, *accumulate(len(line) + 1 for line in source.split("\n"))]
+        # StringIO ends lines at "\n" alone, as the offsets below do. Python ends them at a lone "\r" too; both are one
+        # character, so that offsets stay those of the source.
+        lines = re.sub(r"\r(?!\n)", "\n", source)
+        self._tokens: Iterator[TokenInfo] = tokenize.generate_tokens(io.StringIO(lines).readline)
+        self._starts = [0, *accumulate(len(line) + 1 for line in lines.split("\n"))]
+        self._indented = False
         self._token = next(self._tokens)
 
     def offset(self, place: tuple[int, int]) -> int:
@@ -106,16 +110,21 @@ class _Reader:
         return colon
 
     def docstring(self) -> tuple[list[TokenInfo], TokenInfo]:
-        """The strings of the docstring (none when there is none), and the token that ends its statement."""
+        """The tokens of the docstring (none when there is none), and the token that ends its statement."""
         self._skip(*_QUIET, tokenize.NEWLINE, tokenize.INDENT)
-        strings = []
-        while self._token.type == tokenize.STRING and not set(self._prefix()) & set("bBfF"):
-            strings.append(self._token)
+        found, depth, strings = [], 0, 0
+        # Python takes a string in parentheses for a docstring too.
+        while self._is_string() or (self._token.string == "(" and not strings) or (self._token.string == ")" and depth):
+            depth += (self._token.string == "(") - (self._token.string == ")")
+            strings += self._token.type == tokenize.STRING
+            found.append(self._token)
             self._advance()
+            if depth:
+                self._skip(*_QUIET)
         self._skip(tokenize.COMMENT)
         if self._token.type not in (tokenize.NEWLINE, tokenize.ENDMARKER) and self._token.string != ";":
             return [], self._token
-        return strings, self._token
+        return (found if strings else []), self._token
 
     def without(self, signature: str, first: TokenInfo, end: TokenInfo) -> FunctionText:
         """The function without the statement from ``first`` to ``end``."""
@@ -123,8 +132,16 @@ class _Reader:
         line = self._starts[first.start[0] - 1]
         alone = not self._source[line:start].strip()
         self._advance()
+        if end.string == ";":
+            self._skip(tokenize.COMMENT)
+            if self._token.type in (tokenize.NEWLINE, tokenize.ENDMARKER):
+                # Nothing follows on this line.
+                end, stop = self._token, self.offset(self._token.end)
+                self._advance()
         self._skip(*_QUIET)
-        only = self._token.type in (tokenize.DEDENT, tokenize.ENDMARKER, tokenize.NEWLINE)
+        only = self._token.type in (tokenize.DEDENT, tokenize.ENDMARKER)
+        # What follows the line of a one-line body is no part of the function.
+        only = only or (end.string != ";" and not self._indented)
         if end.string == ";":
             stop += len(self._source[stop:]) - len(self._source[stop:].lstrip(" \t"))
         elif alone:
@@ -135,8 +152,9 @@ class _Reader:
         code = self._source[:start] + self._source[stop:]
         return FunctionText(signature, code, has_docstring=True, only_docstring=only)
 
-    def _prefix(self) -> str:
-        return self._token.string[:3].partition("'")[0].partition('"')[0]
+    def _is_string(self) -> bool:
+        prefix = self._token.string[:3].partition("'")[0].partition('"')[0]
+        return self._token.type == tokenize.STRING and not set(prefix) & set("bBfF")
 
     def _skip(self, *kinds: int) -> None:
         while self._token.type in kinds:
@@ -145,4 +163,5 @@ class _Reader:
     def _advance(self) -> None:
         if self._token.type == tokenize.ENDMARKER:
             return
+        self._indented = self._indented or self._token.type == tokenize.INDENT
         self._token = next(self._tokens)

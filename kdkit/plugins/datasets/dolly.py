@@ -33,19 +33,25 @@ class DollyLoader:
     def load(self, ctx: LoadContext) -> Rows:
         """The rows of the chosen split; see :class:`kdkit.api.DatasetLoader`."""
         params = self._params
-        convert = dolly_converter(prompter(params, params.language), params.categories)
+        convert = dolly_converter(prompter(params, params.language), params.categories, styled=bool(params.template))
         hub_split = next((split for repo, split in HUB_DOLLY.values() if repo == params.source.source), "train")
         return load_rows(params, params, convert, ctx, hub_split=hub_split)
 
     def sample(self) -> Rows:
         """Twelve rows in the language and prompt style of the parameters, of all categories."""
-        convert = dolly_converter(prompter(self._params, self._params.language), None)
+        convert = dolly_converter(prompter(self._params, self._params.language), None, styled=False)
         rows = read_rows(DATA / f"dolly_sample_{self._params.language}.jsonl")
         return collect(rows, convert, SplitOptions(split="all"))[0]
 
 
-def dolly_converter(make_prompt: Prompter, categories: Sequence[str] | None) -> Convert:
-    """How a row becomes an example; MiniLLM calls context, response and category input, output and topic."""
+def dolly_converter(make_prompt: Prompter, categories: Sequence[str] | None, *, styled: bool) -> Convert:
+    """How a row becomes an example; MiniLLM calls context, response and category input, output and topic.
+
+    Args:
+        make_prompt: Makes the prompt.
+        categories: Those to take; all when None.
+        styled: ``make_prompt`` is a template of the user, which may show the category, and may not show the context.
+    """
 
     def convert(row: SourceRow) -> Candidate | str:
         columns = row.columns
@@ -61,15 +67,19 @@ def dolly_converter(make_prompt: Prompter, categories: Sequence[str] | None) -> 
             return "empty-prompt"
         if not answers[0].strip():
             return "empty-completion"
+        prompt = make_prompt(instruction, context, category)
         example = Example(
-            id=content_id(instruction, context, answers=answers),
-            prompt=make_prompt(instruction, context, category),
+            id=content_id(instruction, context, *([category] if styled else []), answers=answers),
+            prompt=prompt,
             completion=answers[0],
             references=answers if len(answers) > 1 else (),
             category=category,
             echo=context or instruction,
         )
-        return Candidate(prompt_key(instruction, context), example, text=f"{instruction}\n\n{context}".rstrip())
+        words = f"{instruction}\n\n{context}".rstrip()
+        # The same words can be one instruction, or an instruction and a context; a template can leave either out.
+        shared = (prompt_key(words), *([prompt_key(prompt)] if styled else []))
+        return Candidate(prompt_key(instruction, context), example, text=words, shared=shared)
 
     return convert
 

@@ -13,7 +13,8 @@ from typing import Final
 __all__ = ["html_to_text"]
 
 _BLOCKS: Final = frozenset({"p", "div", "pre", "br", "li", "ul", "ol", "tr", "table", "section", "hr", "dt", "dd"})
-_TAG: Final = re.compile(r"<(/?)([a-zA-Z][a-zA-Z0-9]*)[^<>]*>|<![^<>]*>")
+# Possessive: without a ">" there is no other way to divide the text between name and attributes.
+_TAG: Final = re.compile(r"<(/?)([a-zA-Z][a-zA-Z0-9]*+)[^<>]*+>|<![^<>]*+>")
 
 
 def html_to_text(source: str) -> str:

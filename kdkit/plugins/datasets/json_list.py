@@ -14,6 +14,8 @@ from kdkit.api.errors import DataError
 __all__ = ["list_items"]
 
 _CHUNK: Final = 2**16
+_LONGEST_WORD: Final = 16
+"""More characters than a literal or a pair of escapes has; numbers that are cut are no errors."""
 _BLANK: Final = re.compile(r"[ \t\n\r]*")
 
 
@@ -85,8 +87,7 @@ class _Text:
             try:
                 value, end = self._json.raw_decode(self._text, self._at)
             except json.JSONDecodeError as error:
-                # It may only be cut by the end of the window.
-                if self._more():
+                if self._may_be_cut(error) and self._more():
                     continue
                 raise self.error(error.msg.removesuffix(" at"), error.pos) from error
             except RecursionError as error:
@@ -97,6 +98,10 @@ class _Text:
                 continue
             self._at = end
             return value
+
+    def _may_be_cut(self, error: json.JSONDecodeError) -> bool:
+        """Whether the end of the window may be what is wrong: in a text, or within a number, a word or an escape."""
+        return error.msg.startswith("Unterminated string") or len(self._text) - error.pos < _LONGEST_WORD
 
     def error(self, what: str, position: int | None = None) -> DataError:
         """An error at a character of the file."""

@@ -54,13 +54,13 @@ class Decontaminate(Params):
     against: OneOrMore[Component[DatasetLoader]]
     """The evaluation sets, such as ``{use: dolly, source: ./rows.jsonl, split: test}``. Exactly the rows that this
     entry gives are compared, so name the split that is evaluated."""
-    ngram: int = Field(13, ge=1)
-    """How many words in a row have to be the same. Words are runs of letters and digits in any script, after Unicode
-    normalisation (NFKC) and without regard to case; in scripts written without spaces every character is a word. A
+    ngram: int = Field(13, ge=3, le=64)
+    """How many words in a row have to be the same. Words are runs of letters, digits and marks in any script, after
+    Unicode normalisation (NFKC) and without regard to case; in scripts without spaces every character is a word. A
     row's prompt in its own words (without system message, headings and templates; of code datasets the code, the
     docstring or the problem's statement) and each of its answers are compared with the prompts and answers of the
-    evaluation sets. A prompt with fewer words is compared as a whole with whole prompts;
-    shorter answers alone remove nothing."""
+    evaluation sets. A prompt with fewer words is compared as a whole with whole prompts (by its words, or by all its
+    signs when it has no words); shorter answers alone remove nothing."""
 
 
 class SplitOptions(Params):
@@ -80,7 +80,11 @@ class SplitOptions(Params):
     dedup: Dedup = "exact"
     """Duplicates: ``exact`` keeps one of the rows whose prompt and answers are the same but for case and white space,
     ``prompt`` one of the rows with the same prompt, ``none`` all. All parts of the source are looked at, so that no
-    copy of a row is in two parts. The row that stays is the first in hash order, wherever it stands in the file."""
+    copy of a row is in two parts. The row that stays is the first in hash order, wherever it stands in the file. With
+    ``exact`` and ``prompt`` also what is no copy but gives an answer away is in one part only, in ``test`` before
+    ``validation`` before ``train``: accepted programs of ``bugnet``, functions of ``pytorrent``, and prompts of
+    ``dolly`` whose words are the same although one has a context and the other has not. Rows that are left out for it
+    are counted as ``shared-with-other-split``."""
     decontaminate: Decontaminate | None = None
     """Remove rows that share text with an evaluation set, such as
     ``{against: {use: dolly, split: test}, ngram: 13}``; how many is reported as ``contaminated``."""

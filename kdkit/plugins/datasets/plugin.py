@@ -101,6 +101,7 @@ def kdkit_datasets() -> Iterator[DatasetSpec[Any]]:
         summary="Dolly instructions in English or Spanish, and files with its columns",
         params=DollyParams,
         build=_dolly,
+        version=2,
     )
     yield DatasetSpec(
         name="jsonl",
@@ -120,16 +121,19 @@ def kdkit_datasets() -> Iterator[DatasetSpec[Any]]:
         summary="Program repair in Python and C++: buggy code and its error to accepted code",
         params=BugNetParams,
         build=_bugnet,
+        version=2,
     )
     yield DatasetSpec(
         name="pytorrent",
         summary="Python functions from their docstrings: PyTorrent, CodeSearchNet or CoSQA",
         params=PyTorrentParams,
         build=_pytorrent,
+        version=2,
     )
     yield DatasetSpec(
         name="codeforces",
         summary="Competitive programming: reasoning traces (sft) or problems with tests (rl)",
         params=CodeforcesParams,
         build=_codeforces,
+        version=2,
     )

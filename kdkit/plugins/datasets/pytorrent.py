@@ -23,6 +23,7 @@ __all__ = ["MAX_CODE", "PyTorrentLoader", "pytorrent_converter"]
 
 MAX_CODE: Final = 100_000
 """Longest function, in characters; what is longer is a table of data."""
+_BOM: Final = "\N{ZERO WIDTH NO-BREAK SPACE}"
 _PARTS: Final[Mapping[str, Part]] = {
     "train": "train",
     "valid": "validation",
@@ -44,7 +45,7 @@ class PyTorrentLoader:
         if params.source.source == HUB_CODESEARCHNET and params.config is None:
             params = params.model_copy(update={"config": "python"})
         rows = load_rows(params, params, pytorrent_converter(params), ctx, hub_split="train")
-        if not rows.examples and rows.counts.get("other-split"):
+        if not rows.examples and rows.counts.get("other-split") and not rows.counts.get("shared-with-other-split"):
             ctx.log(
                 f"{params.source}: no {params.split_by} is in split: {params.split}; with few packages set "
                 "split_by: function, or split_by: partition where the rows have that column"
@@ -91,7 +92,7 @@ def pytorrent_converter(params: PyTorrentParams) -> Convert:
             return "empty-prompt"
         code = function.source if params.keep_docstring else parts.code
         values = {"text": wanted, "signature": parts.signature, "name": function.name}
-        paper = params.prompt_style == "paper"
+        paper = params.answer == "paper"
         example = Example(
             id=content_id(wanted, function.repo, function.path, function.name, answers=(code,)),
             prompt=make_prompt(_chat_text(wanted, parts, params), values),
@@ -101,7 +102,9 @@ def pytorrent_converter(params: PyTorrentParams) -> Convert:
             extra={"language": "python", "repo": function.repo, "path": function.path, "func_name": function.name},
         )
         # The order goes by the function in any case: max_rows would else take one package after the other.
-        return Candidate(prompt_key(parts.code), example, _part(function, params))
+        key = prompt_key(parts.code)
+        # Packages carry copies of each other's functions under other docstrings.
+        return Candidate(key, example, _part(function, params), shared=(key,))
 
     return convert
 
@@ -111,7 +114,7 @@ def _function_of(columns: Mapping[str, Any]) -> _Function:
     source = "code" if cosqa else _first(columns, "original_string", "whole_func_string")
     docstring = "doc" if cosqa else _first(columns, "docstring", "func_documentation_string")
     return _Function(
-        source=text(columns, source),
+        source=text(columns, source).removeprefix(_BOM),
         docstring=optional_text(columns, docstring),
         summary=optional_text(columns, "summary"),
         repo=optional_text(columns, _first(columns, "repo", "repository_name")).strip(),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, Final, NoReturn
 
@@ -18,7 +18,7 @@ from kdkit.api.errors import DataError, EnvironmentUnmet
 from kdkit.plugins.datasets.json_list import list_items
 from kdkit.plugins.datasets.values import RowError, SourceRow, clean_row
 
-__all__ = ["MAX_LINE", "SUFFIXES", "read_rows", "table_rows"]
+__all__ = ["MAX_LINE", "SUFFIXES", "parquet_objects", "read_rows", "table_rows"]
 
 SUFFIXES: Final = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 MAX_LINE: Final = 10_000_000
@@ -87,7 +87,7 @@ def _rows_by_format(file: Path) -> Iterator[SourceRow]:
     elif form == ".json":
         yield from _json_rows(file)
     elif form == ".parquet":
-        yield from _parquet_rows(file)
+        yield from table_rows(parquet_objects(file), str(file))
     else:
         raise DataError("has an unknown format", where=str(file), allowed=", ".join(SUFFIXES))
 
@@ -169,23 +169,32 @@ def _json_rows(file: Path) -> Iterator[SourceRow]:
             yield _checked(where, item, table=False)
 
 
-def _parquet_rows(file: Path) -> Iterator[SourceRow]:
+def parquet_objects(file: Path, *, columns: Sequence[str] | None = None) -> Iterator[Any]:
+    """The rows of a Parquet file as the table reader gives them; a ``RowError`` for one that is not UTF-8.
+
+    Args:
+        file: The file.
+        columns: Read only these; all of them when None.
+
+    Raises:
+        DataError: It is damaged, unpacks to more than any real dataset, or has not all ``columns``.
+        OSError: It cannot be opened.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    def rows(stream: IO[bytes]) -> Iterator[Any]:
-        # Reading column by column in small pieces: by default a whole row group is fetched first.
-        with pq.ParquetFile(stream, buffer_size=_PARQUET_BUFFER, pre_buffer=False) as table:
-            # What it says of itself, before anything is unpacked; then what comes out, since it can repeat a long text.
-            _Growth(file).add(sum(table.metadata.row_group(n).total_byte_size for n in range(table.num_row_groups)))
-            growth = _Growth(file)
-            for batch in table.iter_batches(batch_size=_BATCH):
-                growth.add(batch.nbytes)
-                yield from _batch_rows(batch)
-
     with file.open("rb") as stream:
         try:
-            yield from table_rows(rows(stream), str(file))
+            # Reading column by column in small pieces: by default a whole row group is fetched first.
+            with pq.ParquetFile(stream, buffer_size=_PARQUET_BUFFER, pre_buffer=False) as table:
+                if columns and not {*columns} <= {*table.schema_arrow.names}:
+                    raise DataError(f"has no columns {', '.join(columns)}", where=str(file))
+                # What it says of itself, before anything is unpacked; then what comes out, since it can repeat a text.
+                _Growth(file).add(sum(table.metadata.row_group(n).total_byte_size for n in range(table.num_row_groups)))
+                growth = _Growth(file)
+                for batch in table.iter_batches(batch_size=_BATCH, columns=columns):
+                    growth.add(batch.nbytes)
+                    yield from _batch_rows(batch)
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"is damaged: {error}", where=str(file), hint="fetch it again") from error
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
@@ -37,7 +37,7 @@ def load_rows(
         DataError: The source is missing, empty, damaged, or has a broken row and ``on_error`` is ``fail``.
         EnvironmentUnmet: The Hub cannot be reached, or a file cannot be read.
     """
-    rows = source_rows(source, ctx, hub_split=hub_split)
+    rows = _Rows(lambda: source_rows(source, ctx, hub_split=hub_split))
     return select_rows(rows, convert, split, ctx, name=str(source.source), on_error=source.on_error)
 
 
@@ -59,6 +59,16 @@ def select_rows(
     if shared:
         ctx.log(f"{name}: {shared.summary()}")
     return kept
+
+
+class _Rows:
+    """Rows that can be read more than once."""
+
+    def __init__(self, read: Callable[[], Iterator[SourceRow]]) -> None:
+        self._read = read
+
+    def __iter__(self) -> Iterator[SourceRow]:
+        return self._read()
 
 
 def _raw(convert: Convert) -> Convert:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeAlias
 
@@ -39,12 +39,15 @@ class Candidate:
         text: The prompt's own words, before headings and templates are put around them: what ``decontaminate``
             compares, since fixed sentences would be found in every row. Empty: the example's ``echo``, else its prompt
             without system messages.
+        shared: What no two parts may have in common beside the row itself, such as a function that two packages
+            carry: a row that shares it with a row of ``test`` stays in no other part.
     """
 
     key: str
     example: Example
     part: Part | None = None
     text: str = ""
+    shared: tuple[str, ...] = ()
 
 
 Convert = Callable[[SourceRow], Candidate | str]
@@ -86,11 +89,12 @@ def collect(
     """The examples of the chosen split, in hash order, and what happened to all other rows.
 
     ``counts["read"]`` is the sum of ``kept`` and of all reasons (``broken``, ``duplicate``, ``contaminated``,
-    ``other-split``, ``over-max-rows`` and those of ``convert``). Large results lie in a temporary file and are read
-    from it row by row.
+    ``other-split``, ``shared-with-other-split``, ``over-max-rows`` and those of ``convert``). Large results lie in a
+    temporary file and are read from it row by row.
 
     Args:
-        rows: See :mod:`kdkit.plugins.datasets.readers`.
+        rows: See :mod:`kdkit.plugins.datasets.readers`. Of rows that can be iterated again, as no iterator can, fewer
+            are held for ``max_rows``, and the rare ones that are missed are read once more.
         convert: See :data:`Convert`.
         options: The split, duplicates and how many rows. ``decontaminate`` plays no part, see ``excluded``.
         on_error: What a broken row does.
@@ -100,10 +104,11 @@ def collect(
         The rows, and the first broken row as one line (empty when there is none).
 
     Raises:
-        DataError: A broken row and ``on_error`` is ``fail``; it names file and line.
+        DataError: A broken row and ``on_error`` is ``fail``; it names file and line. Or the rows changed meanwhile.
     """
     counts: Counter[str] = Counter(read=0, kept=0, broken=0)
-    selection = Selection(options, lambda example: _content(example, options.dedup), counts)
+    once = isinstance(rows, Iterator)
+    selection = Selection(options, lambda example: _content(example, options.dedup), counts, hold_all=once)
     first_broken = ""
     for row in rows:
         counts["read"] += 1
@@ -117,6 +122,8 @@ def collect(
             continue
         if reason:
             counts[reason] += 1
+    if selection.missing:
+        _fetch(rows, convert, options, selection)
     examples = selection.examples()
     counts["kept"] = len(examples)
     always = {"read", "kept", "broken"}
@@ -137,14 +144,30 @@ def _select(
     if isinstance(candidate, str):
         return candidate
     example = selection.identified(candidate.example)
-    if example is None:
-        return "duplicate"
-    chosen = options.split in ("all", candidate.part or part_of(candidate.key, options))
-    if chosen and excluded is not None and excluded(candidate):
+    part = candidate.part or part_of(candidate.key, options)
+    if options.split in ("all", part) and excluded is not None and excluded(candidate):
         return "contaminated"
-    # Another hash than the one of the parts: with split: all, the first rows would else be those of the test part.
-    selection.add(_bits(f"{options.split_seed}:order:{candidate.key}"), example, chosen=chosen)
+    selection.add(_place(candidate, options), example, part=part, shared=candidate.shared)
     return ""
+
+
+def _fetch(rows: Iterable[SourceRow], convert: Convert, options: SplitOptions, selection: Selection) -> None:
+    """A second pass for rows that stay but were not held."""
+    for row in rows:
+        try:
+            candidate = "" if row.problem else convert(row)
+        except RowError:
+            continue
+        if isinstance(candidate, Candidate):
+            part = candidate.part or part_of(candidate.key, options)
+            selection.fetch(_place(candidate, options), candidate.example, part=part)
+    if selection.missing:
+        raise DataError("the rows changed while they were read", hint="run again when nothing writes to the source")
+
+
+def _place(candidate: Candidate, options: SplitOptions) -> int:
+    # Another hash than the one of the parts: with split: all, the first rows would else be those of the test part.
+    return _bits(f"{options.split_seed}:order:{candidate.key}")
 
 
 def _content(example: Example, dedup: Dedup) -> str:
