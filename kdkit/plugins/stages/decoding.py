@@ -71,10 +71,8 @@ def decode(
         decoded.seconds += time.monotonic() - started
         if len(completions) != len(prompts):
             # One answer too few would give all later rows the answer of another one.
-            raise StageError(
-                f"{len(completions)} answers to {len(prompts)} prompts on {dataset}",
-                where=f"rollout {params.rollout.name}",
-            )
+            given = f"{len(completions)} answers to {len(prompts)} prompts on {dataset}"
+            raise StageError(given, where=f"rollout {params.rollout.name}")
         decoded.prompts += len(rows)
         decoded.tokens += sum(len(completion.token_ids) for completion in completions)
         decoded.answers[dataset] = completions
