@@ -174,6 +174,11 @@ def test_a_metric_appears_twice_under_the_keys_it_gives_itself(stage, tmp_path):
         ({"metrics": [{"use": "passed"}], "judge": {"use": "half"}}, "judge", "never gives more than 0.5"),
         ({"metrics": [{"use": "exposed"}]}, "metrics.0", "'exposed' needs 'teacher'"),
         (
+            {"metrics": [{"use": "exposed", "tokens": 7}], "teacher": "noted"},
+            "metrics.0.tokens",
+            "7 tokens of an answer need sampling.max_new_tokens of as many, this stage has 6",
+        ),
+        (
             {"metrics": [{"use": "exposed"}], "teacher": "mute"},
             "teacher",
             "'mute' gives no text, which 'exposed' needs",
@@ -224,6 +229,9 @@ def test_several_answers_share_the_id_and_differ(stage, tmp_path):
     assert found["counts"]["jsonl"]["empty"] == sum(not row["text"].strip() for row in rows)
     assert found["results"]["jsonl"]["words"]["n"] == 24
     assert found["decoding"]["num_samples"] == 3
+    speed = found["speed"]
+    tokens = 6 * 24 if all(row["truncated"] for row in rows) else None
+    assert speed["prompts_per_s"] == pytest.approx(speed["generated_tokens_per_s"] * 8 / tokens) if tokens else True
     # One reference a row is scored once, whatever number of answers there is.
     assert found["results"]["jsonl"]["perplexity"]["n"] == 8
     assert [bool(row["measures"]) for row in rows] == [True, False, False] * 8

@@ -31,7 +31,7 @@ BASELINES: Final = {
     "identity": "repeats its input",
     "empty": "answers nothing",
     "majority": "always the most common reference",
-    "reference": "the reference itself: the most this metric can give",
+    "reference": "the reference itself",
 }
 _SPEEDS: Final[Mapping[str, tuple[str, Callable[[float | None], str]]]] = {
     "generated_tokens_per_s": ("tokens/s", number),
@@ -72,12 +72,13 @@ class Column:
     dataset: str
     name: str
     unit: str
-    higher_is_better: bool
+    higher_is_better: bool | None
 
     @property
     def direction(self) -> str:
-        """``higher is better`` or the opposite."""
-        return "higher is better" if self.higher_is_better else "lower is better"
+        """``higher is better``, the opposite, or neither."""
+        words = {True: "higher is better", False: "lower is better", None: "neither end is better"}
+        return words[self.higher_is_better]
 
     @property
     def facts(self) -> str:
