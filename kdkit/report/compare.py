@@ -145,7 +145,7 @@ def _no_retention(column: Column, roles: Roles, name: str, its: Sample, bootstra
     """Why there is no share of the teacher's scores ``its``; empty when there is one."""
     if not column.comparable(name, roles.teacher):
         return OTHER_TOKENS
-    if not its.n or not its.value > 0:
+    if not its.n or (its.n < column.samples[roles.teacher or ""].n and not its.value > 0):
         return NO_SHARE
     if its.n < 2 or bounds(bootstrap(its))[0] <= 0:
         return "no retention, because the teacher's score is not clearly above zero"
@@ -186,7 +186,8 @@ def _no_gap(column: Column, roles: Roles, name: str, ends: tuple[Sample, Sample]
     base, teacher = ends
     if not column.comparable(name, roles.baseline, roles.teacher):
         return OTHER_TOKENS
-    if not teacher.n or (teacher.value > base.value) != column.higher_is_better:
+    cut = teacher.n < column.samples[roles.teacher or ""].n
+    if not teacher.n or (cut and (teacher.value > base.value) != column.higher_is_better):
         return NO_SHARE
     if not _clearly_better(column, teacher, base, bootstrap):
         return f"no gap to close, because the teacher is not clearly better than {roles.baseline}"

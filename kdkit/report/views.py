@@ -236,8 +236,8 @@ def limits(report: Report) -> list[str]:
         )
     if any(_is_rare(entry) for model in report["models"].values() for entry in model["metrics"].values()):
         lines.append(
-            f"Where few answers pass, or few fail, intervals of pass or fail tend to be too narrow: with 3 to {_RARE} to "
-            "be expected, a 95 % interval holds the truth between 85 and 97 times in 100."
+            "Where few answers pass, or few fail, intervals of pass or fail tend to be too narrow: with 3 to "
+            f"{_RARE} to be expected, a 95 % interval holds the truth between 85 and 97 times in 100."
         )
     if report["pairs"]:
         chance = f"one in 20 falls below {ALPHA} where no model differs"
