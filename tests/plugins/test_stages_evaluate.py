@@ -229,9 +229,6 @@ def test_several_answers_share_the_id_and_differ(stage, tmp_path):
     assert found["counts"]["jsonl"]["empty"] == sum(not row["text"].strip() for row in rows)
     assert found["results"]["jsonl"]["words"]["n"] == 24
     assert found["decoding"]["num_samples"] == 3
-    speed = found["speed"]
-    tokens = 6 * 24 if all(row["truncated"] for row in rows) else None
-    assert speed["prompts_per_s"] == pytest.approx(speed["generated_tokens_per_s"] * 8 / tokens) if tokens else True
     # One reference a row is scored once, whatever number of answers there is.
     assert found["results"]["jsonl"]["perplexity"]["n"] == 8
     assert [bool(row["measures"]) for row in rows] == [True, False, False] * 8

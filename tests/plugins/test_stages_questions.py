@@ -9,9 +9,9 @@ import kdkit
 from kdkit.testing.tiny import save_tiny_model
 
 SHORT = [{"prompt": f"{i}?", "completion": f"{i}!"} for i in range(5)]
-UNDEFINED = """
+PLUGIN = """
 from kdkit import Params, hookimpl
-from kdkit.api import DataError, MetricSpec
+from kdkit.api import DataError, DatasetSpec, Example, MetricSpec, Rows
 
 class NoParams(Params):
     pass
@@ -19,6 +19,18 @@ class NoParams(Params):
 class Spaced:
     def score(self, predictions):
         raise DataError("nothing to see")
+
+class Some:
+    def load(self, ctx):
+        answers = ["0!", "1!", None, None, None]
+        return Rows([Example(id=str(n), prompt=f"{n}?", completion=text) for n, text in enumerate(answers)])
+
+    def sample(self):
+        return self.load(None)
+
+@hookimpl
+def kdkit_datasets():
+    yield DatasetSpec(name="some", summary="Two rows of five have a reference", params=NoParams, build=lambda p: Some())
 
 @hookimpl
 def kdkit_metrics():
@@ -49,8 +61,8 @@ def run(model, tmp_path):
             **values,
         }
         stages = {"eval": stage, "report": {"kind": "report", "scores": ["${stages.eval.scores}"]}}
-        (tmp_path / "undefined.py").write_text(UNDEFINED)
-        recipe = {"kdkit": 1, "name": "r", "plugins": [str(tmp_path / "undefined.py")], "stages": stages}
+        (tmp_path / "parts.py").write_text(PLUGIN)
+        recipe = {"kdkit": 1, "name": "r", "plugins": [str(tmp_path / "parts.py")], "stages": stages}
         (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
         return kdkit.run(tmp_path / "r.yaml", out=tmp_path / "runs", inline=True)
 
@@ -92,21 +104,19 @@ def test_rows_without_references_are_scored_by_the_metrics_that_need_none(run):
 
 
 def test_rows_without_a_reference_are_asked_where_no_metric_wants_one(run):
-    rows = [*SHORT[:2], *({"prompt": row["prompt"]} for row in SHORT[2:])]
-    found = scores(run(rows, ["length"]))
-    assert (found["datasets"]["jsonl"]["n"], found["datasets"]["jsonl"]["unreferenced"]) == (5, 0)
-    assert found["models"]["m"]["results"]["jsonl"]["length"]["n"] == 5
+    found = scores(run([], ["length"], data={"use": "some"}))
+    assert (found["datasets"]["some"]["n"], found["datasets"]["some"]["unreferenced"]) == (5, 0)
+    assert found["models"]["m"]["results"]["some"]["length"]["n"] == 5
     assert set(found["baselines"]) == {"identity", "empty"}
 
 
 def test_rows_without_a_reference_are_counted_where_a_metric_wants_one(run):
-    rows = [*SHORT[:2], *({"prompt": row["prompt"]} for row in SHORT[2:])]
-    result = run(rows, ["length", "rouge-l"])
+    result = run([], ["length", "rouge-l"], data={"use": "some"})
     found = scores(result)
-    assert (found["datasets"]["jsonl"]["n"], found["datasets"]["jsonl"]["unreferenced"]) == (2, 3)
-    assert found["models"]["m"]["results"]["jsonl"]["length"]["n"] == 2
-    assert result.report["datasets"]["jsonl"]["unreferenced"] == 3
-    assert "jsonl: 3 rows have no reference and are not asked" in result.report["notes"]
+    assert (found["datasets"]["some"]["n"], found["datasets"]["some"]["unreferenced"]) == (2, 3)
+    assert found["models"]["m"]["results"]["some"]["length"]["n"] == 2
+    assert result.report["datasets"]["some"]["unreferenced"] == 3
+    assert "some: 3 rows have no reference and are not asked" in result.report["notes"]
 
 
 def test_an_undefined_metric_is_a_dash_and_a_note_in_the_report(run):
