@@ -62,7 +62,8 @@ class Column:
 
     def comparable(self, *models: str | None) -> bool:
         """Whether the models' numbers are about the same tokens, as far as that is known."""
-        return len({self.vocabularies[name] for name in models if name in self.vocabularies}) < 2
+        known = {self.vocabularies.get(name) for name in models if name is not None} - {None}
+        return len(known) < 2
 
 
 @dataclass(slots=True)

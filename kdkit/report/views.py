@@ -254,7 +254,7 @@ def _is_rare(entry: Mapping[str, Any]) -> bool:
     """Whether a score of 0 to 100 is so near an end that few examples can have moved it; not at the end itself."""
     if entry["unit"] != "0-100" or entry["value"] is None or not entry["ci95"]:
         return False
-    return 0 < min(entry["value"], 100 - entry["value"]) * entry["n"] / 100 < _RARE
+    return bool(0 < min(entry["value"], 100 - entry["value"]) * entry["n"] / 100 < _RARE)
 
 
 def _sampling_limits(report: Report) -> Iterator[str]:

@@ -23,7 +23,7 @@ class Spaced:
 class Some:
     def load(self, ctx):
         answers = ["0!", "1!", None, None, None]
-        return Rows([Example(id=str(n), prompt=f"{n}?", completion=text) for n, text in enumerate(answers)])
+        return Rows(examples=[Example(id=str(n), prompt=f"{n}?", completion=text) for n, text in enumerate(answers)])
 
     def sample(self):
         return self.load(None)

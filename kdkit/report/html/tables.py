@@ -195,7 +195,7 @@ def pair_grids(report: Report) -> Iterator[Grid]:
 
 
 def _pair_cells(row: Mapping[str, Any], column: Column) -> tuple[Cell, ...]:
-    ci95, verdict = row["ci95"], views.verdict(row, higher_is_better=column.higher_is_better)
+    ci95, verdict = row["ci95"], views.verdict(row, higher_is_better=bool(column.higher_is_better))
     return (
         Cell(f"{row['a']} − {row['b']}"),
         Cell(measured(row["difference"], ci95, sign=True), sort=row["difference"]),
