@@ -130,7 +130,8 @@ class MetricSpec(Spec[P]):
         higher_is_better: Direction, for reports and best checkpoints; None where neither end is better.
         needs: ``completion`` (generated answers), ``reference`` (answers to compare them with), ``nll`` and
             ``teacher-kl`` (teacher-forced passes), ``verdict`` (answers judged by a reward), ``exposure`` (traces on
-            the model's own and on the teacher's answers).
+            the model's own and on the teacher's answers). At least one of them other than ``reference``, which alone
+            says nothing about a model.
         key: The metric's key in reports, where it depends on the parameters (``pass-at-1``); the name otherwise.
         unit: Shown in the report's header, such as ``0-100`` or ``nats/token``.
     """
@@ -143,6 +144,11 @@ class MetricSpec(Spec[P]):
     )
     key: Callable[[P], str] | None = None
     unit: str = ""
+
+    def __post_init__(self) -> None:
+        Spec.__post_init__(self)
+        if not frozenset(self.needs) - {"reference"}:
+            raise ValueError(f"metric {self.name!r} needs nothing that a model gives, such as 'completion'")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

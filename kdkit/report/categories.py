@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from kdkit.report.compare import Notes
-from kdkit.report.statistics import Sample, draws, interval
+from kdkit.report.statistics import Bootstrap, Sample, score_interval
 
 __all__ = ["by_category", "category_entries"]
 
@@ -28,17 +28,19 @@ def by_category(categories: Mapping[str, str], dataset: str, notes: Notes) -> di
     return {category: frozenset(ids[category]) for category in ids if category in largest}
 
 
-def category_entries(sample: Sample, groups: Mapping[str, frozenset[str]], *, seed: int) -> dict[str, Any]:
+def category_entries(
+    sample: Sample, groups: Mapping[str, frozenset[str]], *, seed: int, unit: str = ""
+) -> dict[str, Any]:
     """Category to ``value``, ``n`` and ``ci95`` of its examples; absent where no example was scored."""
     known = frozenset(sample.ids)
     parts = {category: sample.only(ids & known) for category, ids in groups.items()}
     return {
-        category: {"value": part.value, "n": part.n, "ci95": _interval(part, seed)}
+        category: {"value": part.value, "n": part.n, "ci95": _interval(part, seed, unit)}
         for category, part in parts.items()
         if math.isfinite(part.value)
     }
 
 
-def _interval(part: Sample, seed: int) -> list[float] | None:
-    ci95 = interval(draws(part, seed=seed)) if part.n > 1 else None
+def _interval(part: Sample, seed: int, unit: str) -> list[float] | None:
+    ci95 = score_interval(part, Bootstrap(seed), unit=unit)
     return list(ci95) if ci95 else None

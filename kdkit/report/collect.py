@@ -23,7 +23,7 @@ from kdkit.report.compare import (
     retention,
 )
 from kdkit.report.scores import MergedModel, MergedScores, MetricScores, read_scores
-from kdkit.report.statistics import Bootstrap, Sample, interval
+from kdkit.report.statistics import Bootstrap, Sample, interval, score_interval
 
 __all__ = ["collect", "write_report"]
 
@@ -73,7 +73,8 @@ def collect(
                 notes.add(reason, f"{key} of {name} ({count:,})")
             models[name]["metrics"][key] = _metric_entry(result, sample, bootstrap, f"{key} of {name}", notes)
             if groups[dataset] and sample:
-                models[name]["categories"][key] = category_entries(sample, groups[dataset], seed=bootstrap_seed)
+                entries = category_entries(sample, groups[dataset], seed=bootstrap_seed, unit=result.unit)
+                models[name]["categories"][key] = entries
         for name, sample in column.baselines.items():
             baselines[name]["metrics"][key] = _baseline_entry(sample, bootstrap)
     pairs = ordered_pairs(list(scores.models), roles)
@@ -81,7 +82,10 @@ def collect(
         "recipe": recipe,
         "seed": seed,
         "roles": {"teacher": roles.teacher, "baseline": roles.baseline, "reference": roles.reference},
-        "datasets": {name: {"n": facts.n, "overlong": facts.overlong} for name, facts in scores.datasets.items()},
+        "datasets": {
+            name: {"n": facts.n, "overlong": facts.overlong, "unreferenced": facts.unreferenced}
+            for name, facts in scores.datasets.items()
+        },
         "models": models,
         "baselines": baselines,
         "pairs": [row for column in columns for row in pair_rows(column, pairs, bootstrap, notes)],
@@ -148,13 +152,19 @@ def _results(scores: MergedScores, dataset: str, metric: str) -> Iterator[tuple[
 
 
 def _column(scores: MergedScores, key: str, dataset: str, metric: str, notes: Notes) -> Column:
-    samples, kinds = {}, set()
+    samples, kinds, links = {}, set(), set()
+    vocabularies: dict[str, str] = {}
     for name, result in _results(scores, dataset, metric):
-        kinds.add((result.higher_is_better, result.unit, result.link))
+        kinds.add((result.higher_is_better, result.unit))
+        if result.n:
+            links.add(result.link)
+        # Weights are tokens: what a token is differs between vocabularies.
+        if result.weights is not None and (known := scores.models[name].vocabulary):
+            vocabularies[name] = known
         sample = _sample(result, f"{key} of {name}", notes)
         if sample is not None:
             samples[name] = sample
-    if len(kinds) > 1:
+    if len(kinds) > 1 or len(links) > 1:
         raise DataError(
             f"{metric} on {dataset!r} has another direction, unit or link for some models",
             where="scores",
@@ -162,18 +172,20 @@ def _column(scores: MergedScores, key: str, dataset: str, metric: str, notes: No
         )
     baselines = {
         name: sample
-        for name, known in scores.baselines.items()
-        if metric in known.get(dataset, {})
-        and (sample := _sample(known[dataset][metric], f"{key} of the {name} baseline", notes))
+        for name, results in scores.baselines.items()
+        if metric in results.get(dataset, {})
+        and (sample := _sample(results[dataset][metric], f"{key} of the {name} baseline", notes))
     }
-    return Column(key, kinds.pop()[0], samples, baselines)
+    return Column(key, kinds.pop()[0], samples, baselines, vocabularies)
 
 
 def _sample(result: MetricScores, about: str, notes: Notes) -> Sample | None:
     """The scores to resample; None with a note when they do not add up to the value."""
     scores = [score for score in result.per_example if score is not None]
     reason = None
-    if not result.per_example:
+    if result.reason:
+        reason = f"undefined ({result.reason})"
+    elif not result.per_example:
         reason = "no per-example scores, so neither interval nor comparison" if result.n else "no example was scored"
     elif len(scores) < len(result.per_example):
         reason = "undefined for some examples, so neither interval nor comparison"
@@ -203,7 +215,7 @@ def _close(found: float, stated: float | None) -> bool:
 def _metric_entry(
     result: MetricScores, sample: Sample | None, bootstrap: Bootstrap, about: str, notes: Notes
 ) -> dict[str, Any]:
-    ci95 = interval(bootstrap(sample)) if sample else None
+    ci95 = score_interval(sample, bootstrap, unit=result.unit) if sample else None
     if sample and sample.n == 1:
         notes.add(ONE_EXAMPLE, about)
     elif sample and ci95 is None:
@@ -224,6 +236,7 @@ def _value(result: MetricScores, sample: Sample | None) -> float | None:
 
 
 def _baseline_entry(sample: Sample, bootstrap: Bootstrap) -> dict[str, Any]:
+    # What the reference itself scores is no estimate, so that it has no interval where all of them have full marks.
     ci95 = interval(bootstrap(sample)) if sample.n > 1 else None
     return {"value": sample.value, "n": sample.n, "ci95": list(ci95) if ci95 else None}
 
@@ -262,12 +275,16 @@ def _all_notes(
 ) -> list[str]:
     for column in columns:
         note_trivial(column, bootstrap, notes)
-    long = [
-        f"{name}: {facts.overlong} prompts were too long and are not asked"
+    left_out = [
+        f"{name}: {count} {what}"
         for name, facts in scores.datasets.items()
-        if facts.overlong
+        for count, what in (
+            (facts.overlong, "prompts were too long and are not asked"),
+            (facts.unreferenced, "rows have no reference and are not asked"),
+        )
+        if count
     ]
-    return [*scores.notes, *long, *_training_notes(scores, roles), *notes.lines()]
+    return [*scores.notes, *left_out, *_training_notes(scores, roles), *notes.lines()]
 
 
 def _training_notes(scores: MergedScores, roles: Roles) -> list[str]:

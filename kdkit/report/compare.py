@@ -18,6 +18,7 @@ Row = dict[str, Any]
 NO_COMMON: Final = "not compared, for want of common example ids"
 NO_SHARE: Final = "not given, because the common examples leave no score of the teacher to take a share of"
 PARTLY: Final = "compared only on the examples that both models have"
+OTHER_TOKENS: Final = "not compared, because the numbers are per token and the models have different tokens"
 NO_SPREAD: Final = "no interval, because every resample gives the same number"
 ONE_EXAMPLE: Final = "no interval, because there is only one example"
 BEATS_NOTHING: Final = "not clearly better than copying the input (the identity baseline)"
@@ -50,12 +51,19 @@ class Column:
         higher_is_better: The metric's direction; None where neither is better, and nothing is compared.
         samples: Model to its scores; models without usable per-example scores are absent.
         baselines: Trivial baseline to its scores on the same examples.
+        vocabularies: For numbers per token, model to what its tokens are; models of which that is not known are absent.
     """
 
     key: str
     higher_is_better: bool | None
     samples: Mapping[str, Sample]
     baselines: Mapping[str, Sample] = field(default_factory=dict)
+    vocabularies: Mapping[str, str] = field(default_factory=dict)
+
+    def comparable(self, *models: str | None) -> bool:
+        """Whether the models' numbers are about the same tokens, as far as that is known."""
+        known = {self.vocabularies.get(name) for name in models if name is not None} - {None}
+        return len(known) < 2
 
 
 @dataclass(slots=True)
@@ -94,8 +102,11 @@ def pair_rows(column: Column, pairs: Sequence[tuple[str, str]], bootstrap: Boots
     for a, b in pairs if column.higher_is_better is not None else ():
         if a not in column.samples or b not in column.samples:
             continue
-        found = difference(column.samples[a], column.samples[b], bootstrap)
         about = f"{column.key} of {a} and {b}"
+        if not column.comparable(a, b):
+            notes.add(OTHER_TOKENS, about)
+            continue
+        found = difference(column.samples[a], column.samples[b], bootstrap)
         if found is None:
             notes.add(NO_COMMON, about)
             continue
@@ -110,56 +121,78 @@ def pair_rows(column: Column, pairs: Sequence[tuple[str, str]], bootstrap: Boots
 def retention(column: Column, roles: Roles, bootstrap: Bootstrap, notes: Notes) -> Iterator[Row]:
     """Score over teacher's score, for metrics where a ratio says something.
 
-    Higher must be better, and the teacher clearly above the untrained student and above the best of the trivial
-    baselines; where there is neither, clearly above zero.
+    Higher must be better, and the teacher clearly above zero, above the untrained student and above the best of the
+    trivial baselines, all on the examples of the row: those that the model and the teacher have in common. A floor that
+    has none of these examples is no floor.
     """
     teacher = column.samples.get(roles.teacher or "")
     if teacher is None or not column.higher_is_better:
         return
-    if teacher.n < 2 or bounds(bootstrap(teacher))[0] <= 0:
-        notes.add("no retention, because the teacher's score is not clearly above zero", column.key)
-        return
-    for floor, sample in _floors(column, roles):
-        if not _clearly_better(column, teacher, sample, bootstrap):
-            notes.add(f"no retention, because the teacher is not clearly better than {floor}", column.key)
-            return
     for name, sample in column.samples.items():
         if name == roles.teacher:
             continue
+        about = f"retention of {name} on {column.key}"
         mine, its = paired(sample, teacher)
-        if not its.value > 0:
-            notes.add(NO_SHARE, f"retention of {name} on {column.key}")
+        problem = _no_retention(column, roles, name, its, bootstrap)
+        if problem:
+            notes.add(problem, about if its.n < teacher.n or problem == OTHER_TOKENS else column.key)
             continue
         draws = ratio(bootstrap(mine), bootstrap(its))
         row = {"model": name, "of": roles.teacher, "metric": column.key}
-        yield row | _ratio_fields(mine.value / its.value, draws, mine.n, f"retention of {name} on {column.key}", notes)
+        yield row | _ratio_fields(mine.value / its.value, draws, mine.n, about, notes)
+
+
+def _no_retention(column: Column, roles: Roles, name: str, its: Sample, bootstrap: Bootstrap) -> str:
+    """Why there is no share of the teacher's scores ``its``; empty when there is one."""
+    if not column.comparable(name, roles.teacher):
+        return OTHER_TOKENS
+    if not its.n or (its.n < column.samples[roles.teacher or ""].n and not its.value > 0):
+        return NO_SHARE
+    if its.n < 2 or bounds(bootstrap(its))[0] <= 0:
+        return "no retention, because the teacher's score is not clearly above zero"
+    for floor, sample in _floors(column, roles, its):
+        if not _clearly_better(column, its, sample, bootstrap):
+            return f"no retention, because the teacher is not clearly better than {floor}"
+    return ""
 
 
 def gap_closed(column: Column, roles: Roles, bootstrap: Bootstrap, notes: Notes) -> Iterator[Row]:
     """``(base - x) / (base - teacher)``: 0 is the untrained student, 1 the teacher.
 
-    Only where the teacher is clearly better than the base, in the metric's direction.
+    Only where the teacher is clearly better than the base, in the metric's direction, on the examples of the row: those
+    that all three have.
     """
     teacher, base = column.samples.get(roles.teacher or ""), column.samples.get(roles.baseline or "")
     if teacher is None or base is None or column.higher_is_better is None:
         return
-    sign = 1.0 if column.higher_is_better else -1.0
-    if not _clearly_better(column, teacher, base, bootstrap):
-        notes.add(f"no gap to close, because the teacher is not clearly better than {roles.baseline}", column.key)
-        return
     for name, sample in column.samples.items():
         if name in (roles.teacher, roles.baseline):
             continue
+        about = f"gap closed by {name} on {column.key}"
         x, b, t = paired(sample, base, teacher)
-        whole = sign * (t.value - b.value)
-        if not whole > 0:
-            notes.add(NO_SHARE, f"gap closed by {name} on {column.key}")
+        problem = _no_gap(column, roles, name, (b, t), bootstrap)
+        if problem:
+            whole = t.n == teacher.n and problem != OTHER_TOKENS
+            notes.add(problem, column.key if whole else about)
             continue
+        sign = 1.0 if column.higher_is_better else -1.0
         with np.errstate(invalid="ignore"):
             draws = ratio(sign * (bootstrap(x) - bootstrap(b)), sign * (bootstrap(t) - bootstrap(b)))
         row = {"model": name, "metric": column.key, "base": roles.baseline, "teacher": roles.teacher}
-        value = sign * (x.value - b.value) / whole
-        yield row | _ratio_fields(value, draws, x.n, f"gap closed by {name} on {column.key}", notes)
+        yield row | _ratio_fields((x.value - b.value) / (t.value - b.value), draws, x.n, about, notes)
+
+
+def _no_gap(column: Column, roles: Roles, name: str, ends: tuple[Sample, Sample], bootstrap: Bootstrap) -> str:
+    """Why there is no gap between the base's and the teacher's scores; empty when there is one."""
+    base, teacher = ends
+    if not column.comparable(name, roles.baseline, roles.teacher):
+        return OTHER_TOKENS
+    cut = teacher.n < column.samples[roles.teacher or ""].n
+    if not teacher.n or (cut and (teacher.value > base.value) != column.higher_is_better):
+        return NO_SHARE
+    if not _clearly_better(column, teacher, base, bootstrap):
+        return f"no gap to close, because the teacher is not clearly better than {roles.baseline}"
+    return ""
 
 
 def note_trivial(column: Column, bootstrap: Bootstrap, notes: Notes) -> None:
@@ -172,19 +205,24 @@ def note_trivial(column: Column, bootstrap: Bootstrap, notes: Notes) -> None:
             notes.add(BEATS_NOTHING, f"{name} on {column.key}")
 
 
-def _floors(column: Column, roles: Roles) -> Iterator[tuple[str, Sample | None]]:
-    """What the teacher must beat, with its name: the untrained student, and the best of the trivial baselines."""
-    if roles.baseline is not None:
-        yield roles.baseline, column.samples.get(roles.baseline)
-    trivial = [name for name in TRIVIAL if name in column.baselines]
-    if trivial:
-        best = max(trivial, key=lambda name: column.baselines[name].value)
+def _floors(column: Column, roles: Roles, its: Sample) -> Iterator[tuple[str, Sample]]:
+    """What the teacher must beat on its examples ``its``, with its name.
+
+    The untrained student, and the best of the trivial baselines; without those that have none of these examples.
+    """
+    base = column.samples.get(roles.baseline or "")
+    if base is not None and roles.baseline is not None and paired(base, its)[0].n:
+        yield roles.baseline, base
+    common = {name: paired(column.baselines[name], its)[0] for name in TRIVIAL if name in column.baselines}
+    known = {name: sample for name, sample in common.items() if sample.n}
+    if known:
+        best = max(known, key=lambda name: known[name].value)
         yield f"the {best} baseline", column.baselines[best]
 
 
-def _clearly_better(column: Column, sample: Sample, floor: Sample | None, bootstrap: Bootstrap) -> bool:
+def _clearly_better(column: Column, sample: Sample, floor: Sample, bootstrap: Bootstrap) -> bool:
     """Whether ``sample`` beats ``floor``: p at most 0.05, and an interval on the right side of 0."""
-    found = difference(sample, floor, bootstrap) if floor is not None else None
+    found = difference(sample, floor, bootstrap)
     return found is not None and found.clear and (found.value > 0) == column.higher_is_better
 
 

@@ -34,7 +34,8 @@ class _Part(BaseModel):
 class MetricScores(_Part):
     """One model's scores on one metric of one dataset; None among ``per_example`` is an undefined score.
 
-    ``counts`` is what the metric wants its reader to know: how many predictions it left out, and why.
+    ``counts`` is what the metric wants its reader to know: how many predictions it left out, and why. ``reason`` says
+    why there is no value where the metric is undefined.
     """
 
     value: Score
@@ -44,6 +45,7 @@ class MetricScores(_Part):
     link: Literal["identity", "exp"] = "identity"
     ids: tuple[str, ...] = ()
     counts: dict[str, int] = {}
+    reason: str = ""
     higher_is_better: bool | None
     unit: str = ""
 
@@ -71,6 +73,7 @@ class _ModelScores(_Part):
     parameters: int | None = None
     bytes: int | None = None
     trained_tokens: int | None = None
+    vocabulary: str | None = None
     decoding: dict[str, Any] = {}
     speed: dict[str, Score] = {}
     results: dict[str, dict[str, MetricScores]]
@@ -82,10 +85,14 @@ class _BaselineScores(_Part):
 
 
 class DatasetFacts(_Part):
-    """Size of a test set, how many prompts were too long to be asked, and the category of each example."""
+    """Size of a test set, how many rows are not in it, and the category of each example.
+
+    ``overlong`` prompts were too long to be asked, ``unreferenced`` rows have no reference, which a metric wanted.
+    """
 
     n: int
     overlong: int = 0
+    unreferenced: int = 0
     categories: dict[str, str] = {}
 
 
@@ -103,6 +110,7 @@ class MergedModel:
         path: How the recipe names the model, or its directory.
         parameters: Number of parameters; None when it was not recorded. Likewise ``bytes`` on disk and the tokens the
             model was trained on by kdkit.
+        vocabulary: What its tokens are, as a hash; None when it was not recorded.
         decoding: Dataset to decoding settings.
         speed: Speed and memory, from the first file that has them.
         results: Dataset to metric to scores.
@@ -117,6 +125,7 @@ class MergedModel:
     speed: dict[str, float | None] = field(default_factory=dict)
     results: dict[str, dict[str, MetricScores]] = field(default_factory=dict)
     counts: dict[str, AnswerCounts] = field(default_factory=dict)
+    vocabulary: str | None = None
 
 
 @dataclass(slots=True)
@@ -204,6 +213,9 @@ def _merge_model(merged: MergedScores, name: str, new: _ModelScores, file: Path)
     for fact in facts:
         if getattr(model, fact) != getattr(new, fact):
             raise _conflict(f"model {name!r}: {fact}", getattr(model, fact), getattr(new, fact), file)
+    if model.vocabulary and new.vocabulary and model.vocabulary != new.vocabulary:
+        raise _conflict(f"model {name!r}: vocabulary", None, None, file)
+    model.vocabulary = model.vocabulary or new.vocabulary
     for dataset, results in new.results.items():
         _agree(model.decoding, dataset, new.decoding, file=file, what=f"model {name!r} on {dataset!r}: decoding")
         known = model.results.setdefault(dataset, {})

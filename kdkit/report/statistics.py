@@ -7,7 +7,12 @@ the example's token count (per-token means), ``link`` the identity or ``exp`` (p
   on the seed and on n, and samples are sorted by id, so two samples over the same ids share their resamples: a
   difference or ratio of their draws is the paired bootstrap. From 100 examples on they hold the truth 94 to 96 times
   in 100, for bounded and skewed scores as well; BCa and studentised intervals were no better there, and the latter fail
-  for pass or fail. Below 50 examples all three are too narrow where scores are mostly zero.
+  for pass or fail. Below 50 examples all three are too narrow where scores are mostly zero. Scores of pass or fail with
+  rare passes (or failures) take more examples: where 3 to 10 passes are to be expected, whatever n is, the intervals
+  hold the truth 85 to 97 times in 100, and 91 to 96 where 10 to 20 are (computed from the binomial distribution).
+* **Where all scores are 0, or all 100**, no resample differs. The interval is then that of Clopper and Pearson (1934)
+  for no passes (or only passes) among n; for scores between 0 and 100 the mean is at most 100 times the chance of a
+  score above 0, so that it holds for them as well.
 * **p-values** come from a paired permutation test. If the two models were exchangeable, swapping which of them gave
   which ``(w, x)`` on any example would not change the joint distribution; each permutation swaps a random half of the
   examples and recomputes the difference of the weighted means. For plain means that is the sign-flip test on the
@@ -47,6 +52,7 @@ __all__ = [
     "interval",
     "paired",
     "ratio",
+    "score_interval",
     "swap_test",
 ]
 
@@ -56,6 +62,8 @@ Interval: TypeAlias = tuple[float, float]
 RESAMPLES: Final = 10_000
 PERMUTATIONS: Final = 10_000
 _TAILS: Final = (0.025, 0.975)
+_BOUNDED: Final = "0-100"
+"""The unit of scores that cannot be below 0 or above 100."""
 _BLOCK: Final = 2_000_000
 """Random numbers held at once, so that memory stays below 100 MB whatever n is."""
 _SAME: Final = 1e-12
@@ -197,6 +205,27 @@ def interval(values: Array, *, scale: float = 0.0) -> Interval | None:
     return (low, high) if spread > _SAME * max(abs(low), abs(high), scale) else None
 
 
+def score_interval(sample: Sample, bootstrap: Bootstrap, *, unit: str) -> Interval | None:
+    """95 % interval of a sample's value: the bootstrap's, or the exact one where all scores are at one end of 0 to 100.
+
+    None for a single example, and where the bootstrap observed no spread (see :func:`interval`).
+    """
+    if sample.n < 2:
+        return None
+    return _at_an_end(sample) if unit == _BOUNDED and _is_plain(sample) else interval(bootstrap(sample))
+
+
+def _is_plain(sample: Sample) -> bool:
+    """Whether all examples have one score, 0 or 100, and count the same."""
+    same = sample.link == "identity" and bool((sample.weights == sample.weights[0]).all())
+    return same and sample.values[0] in (0.0, 100.0) and bool((sample.values == sample.values[0]).all())
+
+
+def _at_an_end(sample: Sample) -> Interval:
+    arm = 100.0 * (1.0 - _TAILS[0] ** (1.0 / sample.n))
+    return (0.0, arm) if sample.values[0] == 0.0 else (100.0 - arm, 100.0)
+
+
 def paired(*samples: Sample) -> tuple[Sample, ...]:
     """The samples cut to their common ids; empty samples when there are none or one sample is anonymous."""
     common = frozenset.intersection(*(frozenset(sample.ids) for sample in samples))
@@ -227,7 +256,8 @@ def swap_test(a: Sample, b: Sample, *, seed: int, permutations: int = PERMUTATIO
     total, change = sums_a.sum(axis=0) + sums_b.sum(axis=0), sums_b - sums_a
     observed = abs(a.mean - b.mean)
     # Swaps that give the observed difference again must count as such despite another order of summation.
-    slack = 1e-10 * max(float(np.abs(a.values).max()), float(np.abs(b.values).max()))
+    # Of the weighted sums: one large value of next to no weight must not make all permutations alike.
+    slack = 1e-10 * max(float(np.abs(sums[:, 0]).sum() / sums[:, 1].sum()) for sums in (sums_a, sums_b))
     rng = np.random.default_rng([seed, a.n, 1])
     extreme = 0
     for start, stop in _blocks(permutations, a.n):

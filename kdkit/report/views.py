@@ -36,6 +36,8 @@ _SAMPLING_ONLY: Final = ("temperature", "top_p", "top_k", "num_samples")
 _SAME: Final = "no significant difference"
 _FEW: Final = 50
 """Examples from which the intervals of skewed scores hold what they promise, within 2 % (simulated)."""
+_RARE: Final = 10
+"""Passes or failures from which a 95 % interval of pass or fail holds the truth 91 times in 100 or more (computed)."""
 _SPEED: Final = {
     "generated_tokens_per_s": ("tokens/s", number),
     "prompts_per_s": ("prompts/s", number),
@@ -45,7 +47,7 @@ _BASELINES: Final = {
     "identity": "identity echoes the input",
     "empty": "empty says nothing",
     "majority": "majority gives the most common reference to every prompt",
-    "reference": "reference gives the first reference, the most that a metric can give",
+    "reference": "reference gives the first reference, the most that metrics which compare with references can give",
 }
 _CAVEATS: Final = {
     "rouge-l": "ROUGE-L counts shared words, not correctness; where answers resemble prompts, copying scores high.",
@@ -88,7 +90,8 @@ def scores_tables(report: Report) -> Iterator[Table]:
         entries = [
             model["metrics"][key] for model in report["models"].values() for key in keys if key in model["metrics"]
         ]
-        ns = [entry["n"] for entry in entries]
+        # A score that is undefined has no examples, which says nothing about the others.
+        ns = [entry["n"] for entry in entries if entry["n"]] or [0]
         n = f"n = {min(ns):,}" + (f" to {max(ns):,}" if min(ns) < max(ns) else "")
         header = ("model", *(_header(key, dataset, _metrics(report)[key]["unit"]) for key in keys))
         rows = tuple((name, *(_score(report, name, key, marks) for key in keys)) for name in report["models"])
@@ -96,7 +99,7 @@ def scores_tables(report: Report) -> Iterator[Table]:
 
 
 def baseline_tables(report: Report) -> Iterator[Table]:
-    """One table per dataset: what answers score that need no model, and the best score a metric can give."""
+    """One table per dataset: what answers score that need no model."""
     entries = {name: baseline["metrics"] for name, baseline in report.get("baselines", {}).items()}
     for dataset, keys in _by_dataset(report).items():
         known = [key for key in keys if any(key in metrics for metrics in entries.values())]
@@ -199,7 +202,7 @@ def direction_line(report: Report) -> str:
 
 def legend(report: Report) -> str:
     """How to read a score."""
-    text = "± is the longer arm of the 95 % bootstrap interval over examples."
+    text = "± is the longer arm of the 95 % interval over examples: bootstrap, or exact where all scores are 0 or 100."
     if any(True for _ in _marks(report)):
         text += (
             f" (+) better, (-) worse than {report['roles']['reference']}, (=) {_SAME}"
@@ -231,6 +234,11 @@ def limits(report: Report) -> list[str]:
             f"Intervals from fewer than {_FEW} examples tend to be too narrow: from 20 examples of skewed scores, a 95 "
             "% interval holds the truth about 90 times in 100."
         )
+    if any(_is_rare(entry) for model in report["models"].values() for entry in model["metrics"].values()):
+        lines.append(
+            "Where few answers pass, or few fail, intervals of pass or fail tend to be too narrow: with 3 to "
+            f"{_RARE} to be expected, a 95 % interval holds the truth between 85 and 97 times in 100."
+        )
     if report["pairs"]:
         chance = f"one in 20 falls below {ALPHA} where no model differs"
         removed = 'the verdict "not after correction" marks those that Holm\'s correction per metric removes'
@@ -240,6 +248,13 @@ def limits(report: Report) -> list[str]:
     return lines + [
         text for about, text in _CAVEATS.items() if any(name == about or name.startswith(f"{about}-") for name in names)
     ]
+
+
+def _is_rare(entry: Mapping[str, Any]) -> bool:
+    """Whether a score of 0 to 100 is so near an end that few examples can have moved it; not at the end itself."""
+    if entry["unit"] != "0-100" or entry["value"] is None or not entry["ci95"]:
+        return False
+    return bool(0 < min(entry["value"], 100 - entry["value"]) * entry["n"] / 100 < _RARE)
 
 
 def _sampling_limits(report: Report) -> Iterator[str]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from kdkit.api.data import Dense, TokenBatch, TokenLossInputs
+from kdkit.api.errors import ConformanceError
 from kdkit.models.heads import CausalParts, split
 from kdkit.train.batching import collate
 from kdkit.train.divergences import forward_kl, log_classes, upcast
@@ -52,6 +53,9 @@ def score_examples(
         signals: The teacher's view of a batch, for the KL.
         vocabulary: Leading entries that student and teacher share; all when None.
         on_batch: Called with the number of finished rows after every batch.
+
+    Raises:
+        ConformanceError: The teacher gives only its top k probabilities.
     """
     scores: dict[int, ExampleScore] = {}
     for chosen, batch in _batches(model, rows, batch_size):
@@ -77,7 +81,8 @@ def token_kl(
     """
     traces: dict[int, tuple[float, ...]] = {}
     for chosen, batch in _batches(model, rows, batch_size):
-        values = _batch_values(split(model), batch, signals(batch), vocabulary)[:, 1].tolist()
+        # Where the two agree, rounding can put a divergence below 0.
+        values = _batch_values(split(model), batch, signals(batch), vocabulary)[:, 1].clamp(min=0).tolist()
         done = 0
         for index in chosen:
             traces[index] = tuple(values[done : done + rows[index].targets])
@@ -132,6 +137,9 @@ def _token_values(
     kl = torch.zeros_like(nll)
     if teacher is not None:
         signal = teacher.block(start, start + len(labels))
-        shared = Dense(signal.logits[:, :width]) if isinstance(signal, Dense) else signal
+        if not isinstance(signal, Dense):
+            # Over K tokens and a bucket it is a lower bound, and depends on K.
+            raise ConformanceError(f"full-vocabulary KL needs the teacher's logits, which gave {type(signal).__name__}")
+        shared = Dense(signal.logits[:, :width])
         kl = forward_kl(*log_classes(TokenLossInputs(logits[:, :width], shared, labels), 1.0))
     return torch.stack([nll, kl], dim=1)

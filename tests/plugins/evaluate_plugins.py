@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from kdkit import Params, hookimpl
@@ -23,6 +24,14 @@ class NoParams(Params):
 
 class Words(Params):
     n: int = 1
+
+
+class Wrong(Params):
+    what: str = "text"
+
+
+class Traced(Params):
+    tokens: int = 6
 
 
 class Passed(Params):
@@ -70,6 +79,38 @@ class Exposed:
 
     def score(self, predictions):
         return mean([(p.id, sum(p.traces["own_kl"])) for p in predictions])
+
+
+class Ratio:
+    """Breaks on an empty answer, and on one that does not exist."""
+
+    def score(self, predictions):
+        return mean([(p.id, len(p.references[0]) / len(p.text)) for p in predictions])
+
+
+class Spoken:
+    """Leaves empty answers out; NumPy numbers; a NaN for a text that names itself so."""
+
+    def score(self, predictions):
+        import numpy as np
+
+        kept = [p for p in predictions if p.text]
+        values = tuple(np.float32(math.nan if p.text == "nan" else len(p.text)) for p in kept)
+        total = np.float32(sum(values) / len(values)) if kept else math.nan
+        return MetricResult(value=total, per_example=values, n=len(kept), ids=tuple(p.id for p in kept))
+
+
+class Bad:
+    """A result that is none, in the way that ``what`` names."""
+
+    def __init__(self, what):
+        self.what = what
+
+    def score(self, predictions):
+        n = len(predictions)
+        ways = {"weights": {"weights": (1.0,) * (n + 1)}, "negative": {"weights": (-1.0,) * n}, "link": {"link": "log"}}
+        values = {"value": "one" if self.what == "text" else 1.0, "per_example": (1.0,) * n}
+        return MetricResult(**values, n=n, **ways.get(self.what, {}))
 
 
 class Canned:
@@ -122,6 +163,17 @@ def rollouts(params, ctx, model):
 
 @hookimpl
 def kdkit_metrics():
+    for name, build in (("ratio", Ratio), ("spoken", Spoken)):
+        yield MetricSpec(
+            name=name,
+            summary="x",
+            params=NoParams,
+            build=lambda params, build=build: build(),
+            higher_is_better=True,
+        )
+    yield MetricSpec(
+        name="bad", summary="x", params=Wrong, build=lambda params: Bad(params.what), higher_is_better=True
+    )
     yield MetricSpec(
         name="words",
         summary="Words",
@@ -149,7 +201,7 @@ def kdkit_metrics():
     yield MetricSpec(
         name="exposed",
         summary="Divergence on own answers",
-        params=NoParams,
+        params=Traced,
         build=lambda params: Exposed(),
         higher_is_better=False,
         needs=frozenset({"completion", "exposure"}),

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from metric_helpers import score
 
-from kdkit.plugins.metrics import python_code
-from kdkit.plugins.metrics.answers import code_of
+from kdkit.plugins.metrics import python_tree
+from kdkit.plugins.metrics.answers import code_of, reference_code
 
 # --- the code in an answer --------------------------------------------------------------------------------------------
 
@@ -41,8 +41,17 @@ from kdkit.plugins.metrics.answers import code_of
         ("```python\nx = 1```", "x = 1"),
         ("```python\nx = 1\n```\n```python\n\n```", "x = 1"),
         ("```\n```", "```\n```"),
-        # No fences: code on the line of the marks, marks in a sentence, a fence in an indented docstring.
-        ("```x = 1```", "```x = 1```"),
+        # One line between marks is code; in a sentence, marks are marks, and the last ones open nothing.
+        ("```x = 1```", "x = 1"),
+        ("The fix is ```x = 1```\nand that is all", "The fix is ```x = 1```\nand that is all"),
+        # Lists indent what belongs to them; other indented fences belong to code.
+        ("10. this\n    ```python\n    x = 1\n    ```\n", "x = 1"),
+        ("- a\n  - b\n\n    text\n      ```python\n      x = 1\n      ```\nend", "x = 1"),
+        ("- a\n\nend\n    ```\n    x\n    ```", "- a\n\nend\n    ```\n    x\n    ```"),
+        ("    ```python\n    x = 1\n    ```", "x = 1"),
+        ("- ```python\n  x = 1\n  ```", "x = 1"),
+        # Fences in the comments and in the docstring of code.
+        ("/**\n * ```\n * f(1)\n * ```\n */\nint f;", "/**\n * ```\n * f(1)\n * ```\n */\nint f;"),
         ("marks like ``` are fences\nx", "marks like ``` are fences\nx"),
         (
             "```python\ndef f():\n    '''\n    ```\n    f()\n    ```\n    '''\n```\nend",
@@ -53,6 +62,40 @@ from kdkit.plugins.metrics.answers import code_of
 )
 def test_the_code_of_an_answer(answer, expected):
     assert code_of(answer) == expected
+
+
+EXAMPLE = '''def f(x):
+    """Add one.
+
+    ```python
+    f(1)
+    ```
+    """
+    return x + 1'''
+
+
+def test_a_program_is_its_own_code_whatever_its_docstring_shows():
+    shell = EXAMPLE.replace("```python", "```sh").replace("f(1)", "$ pip install x y")
+    flat = EXAMPLE.replace("    ```", "```").replace("    f(1)", "f(1)")
+    for code in (EXAMPLE, shell, flat):
+        assert code_of(code) == code
+        assert code_of(f"Here:\n```python\n{code}\n```\nDone.") == code or code is flat
+        assert score("code-exact", (code, code)).value == 100.0
+        assert score("code-exact", (code.replace("x + 1", "x - 1"), code)).value == 0.0
+        assert score("code-exact", (code.replace("x + 1", "x - 1"), code), language="any").value == 0.0
+    assert parses(shell)
+    assert not parses(EXAMPLE.replace("return x", "retrun x +*"))
+    assert not parses(EXAMPLE.removesuffix("x + 1") + "(")
+
+
+def test_a_reference_is_taken_whole_unless_it_is_a_chat_answer():
+    # No Python, so that nothing but its place in the reference tells the block from code.
+    java = "/** Adds one:\n```\nf(1)\n```\n*/\nint f(int x) { return x + 1; }"
+    assert reference_code(java) == java
+    assert score("code-exact", (f"````java\n{java}\n````", java), language="any").value == 100.0
+    assert score("code-exact", ("```\nf(1)\n```", java), language="any").value == 0.0
+    assert reference_code("```python\nx = 1\n```\nThat is it.") == "x = 1"
+    assert score("code-exact", ("Fixed:\n```python\nx = 1\n```", "x = 1")).value == 100.0
 
 
 def test_code_in_any_language_is_the_last_block_with_a_language():
@@ -145,7 +188,7 @@ def test_nesting_is_refused_and_does_no_harm(text):
 
 
 def test_long_and_deep_text_never_reaches_the_parser(monkeypatch):
-    monkeypatch.setattr(python_code.ast, "parse", lambda code: pytest.fail(f"parsed {len(code)} characters"))
+    monkeypatch.setattr(python_tree.ast, "parse", lambda code: pytest.fail(f"parsed {len(code)} characters"))
     assert not parses("x = 1\n" * 40_000)
     assert not parses("(" * 101 + "1" + ")" * 101)
     assert not parses(")" * 50 + "[" * 101)
@@ -183,7 +226,6 @@ def test_parse_rate_is_a_mean_over_answers():
         ("x = 1_000; y = 0x10", "x = 1000\n\ny = 16\n"),
         ("x = 'a' 'b'", "x = 'ab'"),
         ("x = u'a'", "x = 'a'"),
-        ("Fixed:\n```python\nx = 1\n```", "x = 1"),
         ("x = 1", "```\nx = 1\n```"),
         # Neither parses: lines without white space at their ends and without blank ones.
         ("print 'a'  \n\nprint 'b'", "print 'a'\nprint 'b'\n"),

@@ -174,6 +174,11 @@ def test_a_metric_appears_twice_under_the_keys_it_gives_itself(stage, tmp_path):
         ({"metrics": [{"use": "passed"}], "judge": {"use": "half"}}, "judge", "never gives more than 0.5"),
         ({"metrics": [{"use": "exposed"}]}, "metrics.0", "'exposed' needs 'teacher'"),
         (
+            {"metrics": [{"use": "exposed", "tokens": 7}], "teacher": "noted"},
+            "metrics.0.tokens",
+            "7 tokens of an answer need sampling.max_new_tokens of as many, this stage has 6",
+        ),
+        (
             {"metrics": [{"use": "exposed"}], "teacher": "mute"},
             "teacher",
             "'mute' gives no text, which 'exposed' needs",

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+from typing import Any
 
 import jsonschema
 import numpy as np
@@ -203,7 +204,8 @@ def test_gap_closed_by_hand_for_perplexity(write) -> None:
 def test_the_teachers_kl_of_zero_is_the_end_of_the_gap(write) -> None:
     rng = np.random.default_rng(5)
     kl = {"base": rng.uniform(0.8, 1.2, 50), "kd": rng.uniform(0.1, 0.3, 50), "teacher": np.zeros(50)}
-    data = report(write({n: model({"d": {"teacher-kl": metric(x, higher=False)}}) for n, x in kl.items()}))
+    scored = {n: metric(x, higher=False, unit="nats/token") for n, x in kl.items()}
+    data = report(write({n: model({"d": {"teacher-kl": x}}) for n, x in scored.items()}))
     teacher = data["models"]["teacher"]["metrics"]["teacher-kl"]
     assert (teacher["value"], teacher["ci95"]) == (0.0, None)
     row = find(data["gap_closed"], model="kd")
@@ -251,6 +253,102 @@ def test_no_share_where_the_common_examples_show_no_teacher(write) -> None:
     assert all(
         f"{what} {name} on m" in note for what in ("retention of", "gap closed by") for name in ("kd", "elsewhere")
     )
+
+
+def test_a_base_without_scores_is_no_floor(write) -> None:
+    draw = np.random.default_rng(1)
+    teacher = metric(draw.uniform(50, 90, 60))
+    models = {
+        "teacher": model({"d": {"m": teacher}}),
+        "kd": model({"d": {"m": metric(draw.uniform(30, 60, 60))}}),
+        "base": model({"d": {"other": metric(draw.uniform(30, 60, 60))}}),
+    }
+    data = report(write(models))
+    assert [(row["model"], row["metric"]) for row in data["retention"]] == [("kd", "m")]
+    assert not any("no retention" in note for note in data["notes"])
+
+
+def test_floors_are_checked_on_the_examples_of_the_row(write) -> None:
+    draw = np.random.default_rng(2)
+    ids = [f"row-{i}" for i in range(60)]
+    # The teacher is good, but not on the 20 examples that one student has; nor is the base known there to be worse.
+    teacher = np.where(np.arange(60) < 20, draw.uniform(1, 9, 60), draw.uniform(70, 90, 60))
+    empty = metric(draw.uniform(0, 10, 60), ids=ids)
+    scored = {
+        "teacher": metric(teacher, ids=ids),
+        "base": metric(draw.uniform(0, 10, 60), ids=ids),
+        "part": metric(draw.uniform(40, 50, 20), ids=ids[:20]),
+        "whole": metric(draw.uniform(40, 50, 60), ids=ids),
+    }
+    models = {name: model({"d": {"m": part}}) for name, part in scored.items()}
+    data = report(write(models, datasets={"d": {"n": 60}}, baselines={"empty": {"results": {"d": {"m": empty}}}}))
+    assert [row["model"] for row in data["retention"]] == ["base", "whole"]
+    assert [row["model"] for row in data["gap_closed"]] == ["whole"]
+    notes = " | ".join(data["notes"])
+    assert "not clearly better than base: retention of part on m" in notes
+    assert "gap closed by part on m" in notes
+
+
+def test_a_trivial_answer_to_other_examples_is_no_floor(write) -> None:
+    ids = [f"row-{i}" for i in range(80)]
+    draw = np.random.default_rng(3)
+    models = {
+        "teacher": model({"d": {"m": metric(draw.uniform(50, 70, 60), ids=ids[:60])}}),
+        "kd": model({"d": {"m": metric(draw.uniform(30, 50, 60), ids=ids[:60])}}),
+    }
+    identity = metric(np.full(20, 95.0), ids=ids[60:])
+    empty = metric(draw.uniform(0, 9, 80), ids=ids)
+    baselines = {n: {"results": {"d": {"m": m}}} for n, m in (("identity", identity), ("empty", empty))}
+    data = report(write(models, datasets={"d": {"n": 80}}, baselines=baselines))
+    assert [row["model"] for row in data["retention"]] == ["kd"]
+
+
+def test_an_undefined_score_is_null_with_its_reason_and_the_others_stay(write) -> None:
+    broken = metric([], link="identity", higher=False, unit="") | {"value": None, "reason": "exp(800) is too large"}
+    fine = metric(np.linspace(2, 3, 30), weights=[3.0] * 30, link="exp", higher=False, unit="")
+    data = report(write({n: model({"d": {"perplexity": m}}) for n, m in (("base", broken), ("kd", fine), ("x", fine))}))
+    assert data["models"]["base"]["metrics"]["perplexity"]["value"] is None
+    assert data["models"]["kd"]["metrics"]["perplexity"]["n"] == 30
+    assert "undefined (exp(800) is too large): perplexity of base" in data["notes"]
+    assert [(row["a"], row["b"]) for row in data["pairs"]] == [("x", "kd")]
+
+
+def test_numbers_per_token_are_not_compared_between_vocabularies(write) -> None:
+    draw = np.random.default_rng(4)
+    tokens = [10.0] * 60
+
+    def entry(level: float, vocabulary: str | None) -> dict[str, Any]:
+        ppl = metric(draw.uniform(level, level + 0.2, 60), weights=tokens, link="exp", higher=False, unit="")
+        rouge = metric(draw.uniform(90 - 20 * level, 95 - 20 * level, 60))
+        return model({"d": {"perplexity": ppl, "rouge-l": rouge}}, vocabulary=vocabulary)
+
+    models = {
+        "base": entry(3, "a"),
+        "kd": entry(2.5, "a"),
+        "other": entry(2.5, "b"),
+        "old": entry(2.5, None),
+        "teacher": entry(2, "a"),
+    }
+    data = report(write(models))
+    pairs = {(row["a"], row["b"]) for row in data["pairs"] if row["metric"] == "perplexity"}
+    assert ("kd", "base") in pairs
+    assert ("old", "base") in pairs
+    assert not any("other" in pair and "old" not in pair for pair in pairs)
+    assert [row["model"] for row in data["gap_closed"] if row["metric"] == "perplexity"] == ["kd", "old"]
+    assert "other" in {row["model"] for row in data["gap_closed"] if row["metric"] == "rouge-l"}
+    note = next(note for note in data["notes"] if "the models have different tokens" in note)
+    assert "perplexity of other and base" in note
+    assert "gap closed by other on perplexity" in note
+    assert "rouge-l" not in note
+
+
+def test_nothing_passed_and_nothing_failed_have_exact_intervals(write) -> None:
+    for values, expected in (([0.0] * 30, [0.0, 11.570]), ([100.0] * 30, [88.430, 100.0])):
+        models = {"base": model({"d": {"m": metric(values), "length": metric(values, unit="characters")}})}
+        directory = write(models, name=f"all-{values[0]}")
+        metrics = report(directory)["models"]["base"]["metrics"]
+        assert metrics["m"]["ci95"] == pytest.approx(expected, abs=0.001)
+        assert metrics["length"]["ci95"] is None
 
 
 def test_one_example_gives_no_retention(write) -> None:

@@ -306,3 +306,12 @@ def test_all_texts_together_are_bounded(tmp_path) -> None:
         for passage in (sample.prompt, sample.reference, *(answer.text for answer in sample.answers))
     )
     assert 500_000 < total <= 1_000_000
+
+
+@pytest.mark.parametrize(
+    ("higher", "words"), [(True, "higher is better"), (False, "lower is better"), (None, "neither end is better")]
+)
+def test_a_column_says_which_end_is_better(higher, words) -> None:
+    from kdkit.report.html.tables import Column
+
+    assert Column("m", "d", "m", "0-100", higher).facts == f"0-100, {words}"

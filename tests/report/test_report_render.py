@@ -278,3 +278,24 @@ def test_few_examples_are_a_limit(write) -> None:
         models = {"a": model({"d": {"m": metric([float(i) for i in range(n)])}})}
         lines = views.limits(collect([write(models, f"n{n}")], recipe="r", seed=1))
         assert any("fewer than 50 examples" in line for line in lines) is wanted
+
+
+def test_rare_passes_are_a_limit(write) -> None:
+    def limited(passes: int) -> bool:
+        scored = model({"d": {"exact-match": metric([100.0] * passes + [0.0] * (200 - passes))}})
+        directory = write({"base": scored}, name=f"passes-{passes}")
+        return "few answers pass" in render_markdown(collect([directory], recipe="r", seed=1))
+
+    assert [limited(passes) for passes in (0, 4, 60, 196, 200)] == [False, True, False, True, False]
+
+
+def test_an_undefined_score_does_not_change_the_number_of_examples(write) -> None:
+    none = metric([]) | {"value": None, "reason": "no words"}
+    models = {name: model({"d": {"m": part}}) for name, part in (("a", none), ("b", metric([1.0, 2.0] * 20)))}
+    text = render_markdown(collect([write(models)], recipe="r", seed=1))
+    assert "## Scores (n = 40)" in text
+    assert "undefined (no words): m of a" in text
+
+
+def test_the_reference_is_a_bound_for_metrics_of_references_only(with_baselines) -> None:
+    assert "the most that metrics which compare with references can give" in render_markdown(with_baselines)

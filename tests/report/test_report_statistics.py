@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from kdkit.report.statistics import (
     interval,
     paired,
     ratio,
+    score_interval,
     swap_test,
 )
 
@@ -404,3 +407,33 @@ def test_holm_by_hand() -> None:
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.6, 0.7]) == [1.0, 1.0]
     assert holm([]) == []
+
+
+def test_exact_interval_of_scores_that_are_all_at_one_end() -> None:
+    def of(values: Sequence[float], unit: str = "0-100", **more: Any) -> tuple[float, float] | None:
+        return score_interval(Sample.of(values, **more), Bootstrap(0, 200), unit=unit)
+
+    # Clopper and Pearson for 0 of n: at the bound, no pass at all has a chance of 2.5 %.
+    low, high = of([0.0] * 40)
+    assert (low, (1 - high / 100) ** 40) == (0.0, pytest.approx(0.025))
+    assert of([100.0] * 40) == pytest.approx((100 - high, 100.0))
+    assert of([0.0]) is None
+    assert of([50.0] * 40) is None
+    assert of([0.0] * 40, unit="") is None
+    assert of([0.0] * 40, link="exp") is None
+    assert of([0.0] * 2, weights=[1.0, 2.0]) is None
+    mixed = [0.0, 100.0] * 20
+    assert of(mixed) == interval(Bootstrap(0, 200)(Sample.of(mixed)))
+    # Answers to one example count once.
+    assert of([0.0] * 80, ids=[str(i // 2) for i in range(80)]) == (0.0, high)
+
+
+def test_one_large_value_of_no_weight_does_not_make_all_swaps_alike() -> None:
+    draw = np.random.default_rng(0)
+    ids = [str(i) for i in range(40)]
+    weights = np.ones(40)
+    weights[0] = 1e-12
+    a, b = draw.uniform(0, 1, 40), draw.uniform(5, 6, 40)
+    a[0] = b[0] = 1e12
+    samples = [Sample.of(x, weights, ids=ids) for x in (a, b)]
+    assert swap_test(*samples, seed=0, permutations=2000) < 0.01

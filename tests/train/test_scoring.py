@@ -52,3 +52,39 @@ def test_divergences_per_token_add_up_to_those_per_example(rows, batch_size):
     assert [len(trace) for trace in traces] == [row.targets for row in rows]
     sums = [score.teacher_kl for score in score_examples(student, rows, **options)]
     assert [math.fsum(trace) for trace in traces] == pytest.approx(sums, rel=1e-12)
+
+
+class Nearly(Teacher):
+    """Differs from its model by rounding."""
+
+    def __call__(self, batch):
+        from kdkit.api import Dense
+
+        exact = Teacher.__call__(self, batch)
+
+        class Blocks:
+            def block(self, start, stop):
+                logits = exact.block(start, stop).logits
+                noise = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0))
+                return Dense(logits.detach() + 1e-6 * noise)
+
+        return Blocks()
+
+
+def test_a_divergence_per_token_is_never_negative(rows):
+    model = tiny_model()
+    traces = token_kl(model, rows, batch_size=8, signals=Nearly(model))
+    assert min(min(trace) for trace in traces if trace) >= 0.0
+
+
+def test_a_teacher_that_gives_its_best_tokens_only_has_no_full_divergence(rows):
+    from kdkit.api import ConformanceError, TopK
+
+    class Best:
+        def block(self, start, stop):
+            n = stop - start
+            return TopK(torch.zeros(n, 1, dtype=torch.long), torch.full((n, 1), -1.0))
+
+    for measure in (score_examples, token_kl):
+        with pytest.raises(ConformanceError, match="needs the teacher's logits, which gave TopK"):
+            measure(tiny_model(), rows, batch_size=8, signals=lambda batch: Best())

@@ -14,21 +14,24 @@ __all__ = ["ExposureBias"]
 
 # Nats per answer below which a divergence is the rounding of the logits and not a difference between models.
 _NOTHING: Final = 1e-6
-# Relative to the mean error on the teacher's answers: what an answer without any error there weighs.
-_FLOOR: Final = 1e-12
+# Relative to the mean error on the teacher's answers: what an answer without any error there weighs. Not so little that
+# its value, which is divided by the weight, drowns the others in rounding.
+_FLOOR: Final = 1e-6
 
 
 class _Pair(NamedTuple):
     own: float
     teachers: float
-    short: bool
+    short: bool  # fewer tokens than asked for
 
 
 class ExposureBias:
     """ExAccErr: excess of the divergence accumulated over the first tokens of own answers, in per cent.
 
     ``(R / eps - 1) * 100``, where R is the mean over predictions of the KL divergences from the teacher, added up over
-    the first ``tokens`` tokens of the model's own answer, and eps is the same on the teacher's answers.
+    the first tokens of the model's own answer, and eps is the same on the teacher's answers. Both sides of a pair are
+    added up over as many tokens: ``tokens``, or the length of the shorter of the two answers when that is less.
+    Otherwise a model would look better for stopping sooner.
     """
 
     def __init__(self, *, tokens: int) -> None:
@@ -37,10 +40,9 @@ class ExposureBias:
     def score(self, predictions: Sequence[Prediction]) -> MetricResult:
         """A ratio of means: a prediction's weight is its error on the teacher's answer.
 
-        The sums start at the first token of an answer. An answer shorter than ``tokens`` adds what it has: after its
-        end there is nothing left to differ on; ``counts`` says how often that was. Predictions without both traces, or
-        with two empty ones, are left out and counted. A model that differs from the teacher on neither kind of answers
-        has 0.
+        The sums start at the first token of an answer and include the end token. ``counts`` says how often an answer
+        was shorter than ``tokens``. Predictions without both traces, or with an empty one, are left out and counted. A
+        model that differs from the teacher on neither kind of answers has 0.
 
         Raises:
             DataError: No prediction has the traces, a value in them is not finite, or the model differs from the
@@ -72,12 +74,13 @@ class ExposureBias:
 
     def _pair(self, key: str, prediction: Prediction) -> _Pair | None:
         traces = [prediction.traces.get(name) for name in ("own_kl", "teacher_answer_kl")]
-        own, teachers = (None if trace is None else trace[: self._tokens] for trace in traces)
-        if own is None or teachers is None or not (own or teachers):
+        length = min(self._tokens, *(len(trace or ()) for trace in traces))
+        if length == 0:
             return None
+        own, teachers = ((trace or ())[:length] for trace in traces)
         if not all(map(math.isfinite, (*own, *teachers))):
             raise DataError("a divergence in the traces is not finite", where=f"example {key}")
-        return _Pair(math.fsum(own), math.fsum(teachers), min(len(own), len(teachers)) < self._tokens)
+        return _Pair(math.fsum(own), math.fsum(teachers), length < self._tokens)
 
 
 def _weights(pairs: Sequence[_Pair]) -> tuple[float, ...]:

@@ -26,7 +26,9 @@ __all__ = [
 
 
 class RougeLParams(Params):
-    """ROUGE-L F-measure, the best over the references. Reports call it `rouge-l`, `rouge-l-unicode`, `rouge-l-code`."""
+    """ROUGE-L F-measure, the best over the references. Reports call it `rouge-l`, `rouge-l-unicode`, `rouge-l-code`;
+    with another stemming than usual `rouge-l-unstemmed`, `rouge-l-unicode-stemmed`.
+    """
 
     tokenizer: Literal["paper", "unicode", "code"] = "paper"
     """What is compared. `paper`: words of `a-z` and `0-9`, exactly as the rouge-score package has them and as published
@@ -48,18 +50,23 @@ class ExactMatchParams(Params):
     """Equality of texts."""
 
     normalize: bool = True
-    """Ignore case, ASCII punctuation and runs of white space; false compares the texts as they are."""
+    """Ignore case, ASCII punctuation and runs of white space; false compares the texts as they are, and reports call
+    the metric `exact-match-raw`."""
 
 
 class CodeExactParams(Params):
-    """Equality of programs. From an answer with code fences the last block in Python counts, else the last block."""
+    """Equality of programs. Of an answer that is no Python as it stands, the last fenced block in Python counts, else
+    the last block. A reference counts whole, unless it begins with a fence.
+    """
 
     language: Literal["python", "any"] = "python"
     """`python`: the syntax trees are compared, so comments, white space, line breaks and the style of quotes do not
     matter; where the answer or the reference does not parse, their lines are, without blank lines and white space at
-    the ends. `any`: the tokens of `rouge-l` with `tokenizer: code` are compared; comments count."""
+    the ends. `any`: the tokens of `rouge-l` with `tokenizer: code` are compared; comments count, and reports call the
+    metric `code-exact-any`."""
     docstrings: bool = True
-    """Docstrings must be equal too; false leaves them out of the comparison. For `language: python`."""
+    """Docstrings must be equal too; false leaves them out of the comparison, and reports call the metric
+    `code-exact-no-docstrings`. For `language: python`."""
 
     @model_validator(mode="after")
     def _docstrings_are_pythons(self) -> CodeExactParams:
@@ -69,14 +76,15 @@ class CodeExactParams(Params):
 
 
 class DistinctParams(Params):
-    """Distinct n-grams of words per hundred n-grams, over all answers to an example together; the mean over examples.
+    """Distinct n-grams of words per hundred n-grams of an answer; the mean over answers.
 
-    Low numbers mean repetition. A high number is no merit by itself: random words have the highest.
+    Low numbers mean repetition. A high number is no merit by itself: random words have the highest, and short answers
+    have higher ones than long ones. So neither end is better, and reports compare no models by it.
     """
 
     n: int = Field(2, ge=1)
-    """Words in a row that make an n-gram; reports call the metric `distinct-2` after it. Examples whose answers are all
-    shorter are left out and counted."""
+    """Words in a row that make an n-gram; reports call the metric `distinct-2` after it. Answers that are shorter are
+    left out and counted."""
 
 
 class PassAtKParams(Params):
@@ -96,19 +104,25 @@ class ExposureParams(Params):
     R is the KL divergence from the teacher added up over the first tokens of the model's own answers, eps the same on
     the teacher's answers, each a mean over examples. 0 means that the model is no further from the teacher in its own
     text than in the teacher's. Needs a teacher that generates text.
+
+    R is the expectation over the model's own distribution, as in the paper, only where the evaluation samples from it
+    as it is: `do_sample: true` with temperature 1, top_p 1 and top_k 0. With greedy decoding it is the divergence along
+    the most likely answers.
     """
 
     tokens: int = Field(15, ge=1)
-    """Tokens of the answer that are added up, from its first; reports call the metric `exposure-bias-15` after it. A
-    shorter answer adds what it has, and is counted."""
+    """Tokens of an answer that are added up, from its first; reports call the metric `exposure-bias-15` after it. Where
+    one of the two answers is shorter, both are added up to its end, and the pair is counted. At most
+    `sampling.max_new_tokens` of the stage."""
 
 
 class ParseRateParams(Params):
     """How many answers are code that parses in the Python that runs the evaluation. Nothing is run or compiled.
 
-    From an answer with code fences the last block in Python counts, else the last block. Code without a statement, with
-    more than 100 brackets open at once or of more than 200,000 characters does not count as parsing. One word of prose
-    is a Python expression and does, as does what only a compiler notices (`return` outside a function).
+    Of an answer that does not parse as it stands, the last fenced block in Python counts, else the last block. Code
+    without a statement, with more than 100 brackets open at once or of more than 200,000 characters does not count as
+    parsing. One word of prose is a Python expression and does, as does what only a compiler notices (`return` outside
+    a function).
     """
 
 
@@ -124,7 +138,10 @@ def _rouge_l(params: RougeLParams) -> Metric:
 
 
 def _rouge_l_key(params: RougeLParams) -> str:
-    return "rouge-l" if params.tokenizer == "paper" else f"rouge-l-{params.tokenizer}"
+    usual = params.tokenizer == "paper"
+    stem = usual if params.use_stemmer is None else params.use_stemmer
+    key = "rouge-l" if usual else f"rouge-l-{params.tokenizer}"
+    return key if stem == usual else f"{key}-{'stemmed' if stem else 'unstemmed'}"
 
 
 def _exact_match(params: ExactMatchParams) -> Metric:
@@ -137,6 +154,12 @@ def _code_exact(params: CodeExactParams) -> Metric:
     from kdkit.plugins.metrics.python_code import CodeExact
 
     return CodeExact(language=params.language, docstrings=params.docstrings)
+
+
+def _code_exact_key(params: CodeExactParams) -> str:
+    if params.language == "any":
+        return "code-exact-any"
+    return "code-exact" if params.docstrings else "code-exact-no-docstrings"
 
 
 def _parse_rate(params: ParseRateParams) -> Metric:
@@ -209,6 +232,7 @@ def _compared_with_references() -> Iterator[MetricSpec[Any]]:
         key=_rouge_l_key,
         higher_is_better=True,
         unit="0-100",
+        version=2,
     )
     yield MetricSpec(
         name="chrf",
@@ -224,16 +248,20 @@ def _compared_with_references() -> Iterator[MetricSpec[Any]]:
         summary="Share of answers equal to a reference",
         params=ExactMatchParams,
         build=_exact_match,
+        key=lambda params: "exact-match" if params.normalize else "exact-match-raw",
         higher_is_better=True,
         unit="0-100",
+        version=2,
     )
     yield MetricSpec(
         name="code-exact",
         summary="Share of answers whose code is that of a reference, by syntax tree",
         params=CodeExactParams,
         build=_code_exact,
+        key=_code_exact_key,
         higher_is_better=True,
         unit="0-100",
+        version=2,
     )
 
 
@@ -246,6 +274,7 @@ def _of_answers_alone() -> Iterator[MetricSpec[Any]]:
         higher_is_better=True,
         unit="0-100",
         needs=frozenset({"completion"}),
+        version=2,
     )
     yield MetricSpec(
         name="pass-at-k",
@@ -259,13 +288,14 @@ def _of_answers_alone() -> Iterator[MetricSpec[Any]]:
     )
     yield MetricSpec(
         name="distinct-n",
-        summary="Distinct n-grams of words per hundred n-grams, per example",
+        summary="Distinct n-grams of words per hundred n-grams of an answer",
         params=DistinctParams,
         build=_distinct_n,
         key=lambda params: f"distinct-{params.n}",
-        higher_is_better=True,
+        higher_is_better=None,
         unit="0-100",
         needs=frozenset({"completion"}),
+        version=2,
     )
     yield MetricSpec(
         name="length",
@@ -306,4 +336,5 @@ def _of_models() -> Iterator[MetricSpec[Any]]:
         higher_is_better=False,
         needs=frozenset({"completion", "exposure"}),
         unit="%",
+        version=2,
     )

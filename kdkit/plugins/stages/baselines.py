@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 __all__ = ["BASELINES", "baseline_predictions"]
 
 BASELINES: Final = ("identity", "empty", "majority", "reference")
-"""In the order of reports: three trivial answers, and the best score the metric can give."""
+"""In the order of reports: three trivial answers, and what a reference gets itself."""
 
 
 def baseline_predictions(rows: Sequence[Example]) -> dict[str, list[Prediction]]:
@@ -23,7 +23,7 @@ def baseline_predictions(rows: Sequence[Example]) -> dict[str, list[Prediction]]
     * ``identity`` answers with the example's ``echo``, or with the last user text of the prompt;
     * ``empty`` says nothing;
     * ``majority`` gives the most common first reference of these rows everywhere; absent where none occurs twice;
-    * ``reference`` gives the first reference: the upper bound.
+    * ``reference`` gives the first reference: for metrics that compare with references, the most they can give.
 
     Rows without references have the first two only.
     """

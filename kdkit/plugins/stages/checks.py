@@ -94,6 +94,11 @@ def _metric_problems(params: EvaluateParams) -> Iterator[Problem]:
                 ("metrics", index, "k"),
                 f"k = {k} needs num_samples of {k} or more, this stage has {params.num_samples}",
             )
+        tokens = getattr(metric.params, "tokens", 0) if "exposure" in needs else 0
+        longest = params.sampling.max_new_tokens
+        if isinstance(tokens, int) and tokens > longest:
+            need = f"{tokens} tokens of an answer need sampling.max_new_tokens of as many"
+            yield ("metrics", index, "tokens"), f"{need}, this stage has {longest}"
         key = metric_key(metric)
         if not NAME.fullmatch(key):
             yield where, f"'{metric.name}' gives itself the key '{key}', which is not kebab-case"

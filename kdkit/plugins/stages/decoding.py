@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from kdkit.api.errors import StageError
 from kdkit.api.protocols import RolloutModel
 from kdkit.plugins.stages.questions import prompt_ids
 
@@ -25,7 +26,8 @@ class Decoded:
 
     Attributes:
         answers: Dataset to completions, row by row; the samples of a row stand together.
-        tokens: Generated tokens over all datasets; ``prompts``: completions; ``seconds``: time spent on them.
+        tokens: Generated tokens over all datasets; ``prompts``: rows, however often each is answered; ``seconds``:
+            time spent on them.
     """
 
     answers: dict[str, Sequence[Completion]] = field(default_factory=dict)
@@ -50,7 +52,11 @@ def decode(
     ctx: StageContext,
     before: Callable[[str], None],
 ) -> Decoded:
-    """``params.num_samples`` answers to every row; ``before`` is called with every dataset's name before it starts."""
+    """``params.num_samples`` answers to every row; ``before`` is called with every dataset's name before it starts.
+
+    Raises:
+        StageError: The engine gave another number of answers than it was asked for.
+    """
     engine = ctx.build(
         params.rollout, RolloutModel(path=subject.artifact.path, tokenizer=subject.tokenizer, live=subject.model)
     )
@@ -63,7 +69,11 @@ def decode(
         started = time.monotonic()
         completions = engine.generate(prompts, params.sampling, seeds)
         decoded.seconds += time.monotonic() - started
-        decoded.prompts += len(prompts)
+        if len(completions) != len(prompts):
+            # One answer too few would give all later rows the answer of another one.
+            given = f"{len(completions)} answers to {len(prompts)} prompts on {dataset}"
+            raise StageError(given, where=f"rollout {params.rollout.name}")
+        decoded.prompts += len(rows)
         decoded.tokens += sum(len(completion.token_ids) for completion in completions)
         decoded.answers[dataset] = completions
     return decoded

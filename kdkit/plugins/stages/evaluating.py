@@ -52,8 +52,8 @@ class _Evaluation:
         self.needs = all_needs(params.metrics)
         self.decodes, self.with_teacher = bool(self.needs & DECODED), bool(self.needs & FORCED)
         self.models: dict[str, Model] = {name: ctx.resolve(ref) for name, ref in params.models.items()}
-        self.data = load_questions(params, ctx)
-        self.loaded = {name: len(rows) for name, rows in self.data.items()}
+        self.loaded = load_questions(params, ctx)
+        self.data = {name: loaded.rows for name, loaded in self.loaded.items()}
         self.answered = {(model, dataset): Answered() for model in self.models for dataset in self.data}
         self.facts: dict[str, dict[str, Any]] = {}
         passes = [self.decodes, self.params.judge is not None, self.with_teacher or "nll" in self.needs]
@@ -181,14 +181,15 @@ class _Evaluation:
         for (model, dataset), rows in predictions.items():
             self.results.write(model, dataset, rows)
         for (model, dataset), rows in predictions.items():
-            models[model]["results"][dataset] = self.results.score(rows)
+            models[model]["results"][dataset] = self.results.score(rows, about=f"{model} on {dataset}")
             models[model]["counts"][dataset] = self.answered[model, dataset].counts(len(self.data[dataset]))
         self.ctx.progress(self.steps, self.steps)
         baselines = self.results.baselines(self.data) if self.params.baselines else {}
         datasets = {
             name: {
                 "n": len(rows),
-                "overlong": self.loaded[name] - len(rows),
+                "overlong": len(self.loaded[name].rows) - len(rows),
+                "unreferenced": self.loaded[name].unreferenced,
                 "categories": {row.id: row.category for row in rows},
             }
             for name, rows in self.data.items()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from kdkit.api.data import Example
+from kdkit.api.errors import StageError
 from kdkit.models.chat import Encoded
 from kdkit.models.load import check_same_vocabulary, vocabulary
 from kdkit.train.scoring import ExampleScore, score_examples, token_kl
@@ -66,7 +67,13 @@ class Forcing:
     def exposure(
         self, teacher: Teacher, rows: Sequence[Example], own: Sequence[Completion], theirs: Sequence[Completion]
     ) -> dict[str, dict[str, tuple[float, ...]]]:
-        """Traces of every row: KL(teacher || model) along the model's ``own`` answer and along the teacher's."""
+        """Traces of every row: KL(teacher || model) along the model's ``own`` answer and along the teacher's.
+
+        Raises:
+            StageError: The teacher gave another number of answers than it was asked for.
+        """
+        if len(theirs) != len(rows):
+            raise StageError(f"{len(theirs)} answers to {len(rows)} prompts", where="teacher")
         measured = {
             "own_kl": self._traces(teacher, rows, own),
             "teacher_answer_kl": self._traces(teacher, rows, theirs),

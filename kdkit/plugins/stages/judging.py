@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
@@ -41,9 +42,15 @@ def verdicts(
     scores = judge(rollouts)
     if len(scores) != len(rollouts):
         raise StageError(f"{len(scores)} scores for {len(rollouts)} answers", where=f"judge {name}")
-    unjudged = Counter[str](score.status for score in scores if _verdict(score) is None)
+    unjudged = Counter[str](_reason(score) for score in scores if _verdict(score) is None)
     return [_verdict(score) for score in scores], unjudged
 
 
 def _verdict(score: RewardScore) -> bool | None:
-    return score.value >= PASSED if score.status == "ok" and score.value is not None else None
+    if score.status != "ok" or score.value is None or math.isnan(score.value):
+        return None
+    return bool(score.value >= PASSED)
+
+
+def _reason(score: RewardScore) -> str:
+    return score.status if score.status != "ok" else "without a number"

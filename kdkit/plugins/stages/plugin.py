@@ -181,7 +181,7 @@ def kdkit_stages() -> Iterator[StageSpec[Any]]:
         run=_evaluate,
         outputs={"scores": Scores},
         check=check_evaluate,
-        version=2,
+        version=3,
     )
     yield StageSpec(
         name="report",
@@ -191,5 +191,5 @@ def kdkit_stages() -> Iterator[StageSpec[Any]]:
         outputs={"report": ReportFiles},
         launch="inline",
         names_recipe=True,
-        version=2,
+        version=3,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kdkit.api.errors import DataError
 from kdkit.plugins.stages.slots import metric_key, needs_reference
@@ -15,11 +15,21 @@ if TYPE_CHECKING:
     from kdkit.models.chat import ChatEncoder
     from kdkit.plugins.stages.plugin import EvaluateParams
 
-__all__ = ["load_questions", "prompt_ids", "without_overlong"]
+__all__ = ["Loaded", "load_questions", "prompt_ids", "without_overlong"]
 
 
-def load_questions(params: EvaluateParams, ctx: StageContext) -> dict[str, list[Example]]:
-    """The rows of every dataset: those with a reference, or all rows of a dataset that has none.
+class Loaded(NamedTuple):
+    """The rows of a dataset that are asked, and how many are not because they have no reference."""
+
+    rows: list[Example]
+    unreferenced: int
+
+
+def load_questions(params: EvaluateParams, ctx: StageContext) -> dict[str, Loaded]:
+    """The rows of every dataset.
+
+    Where a metric wants references: those that have one, so that all metrics are over the same rows; all rows of a
+    dataset that has none.
 
     Raises:
         DataError: A dataset is empty, has ids twice, or no references while every metric wants one.
@@ -58,15 +68,21 @@ def prompt_ids(encoder: ChatEncoder, dataset: str, rows: Sequence[Example], para
     return encode_prompts(rows, encoder, max_prompt_length=limit, name=f"dataset {dataset}")
 
 
-def _load(name: str, component: Any, metrics: Sequence[Component[Metric]], ctx: StageContext) -> list[Example]:
+def _load(name: str, component: Any, metrics: Sequence[Component[Metric]], ctx: StageContext) -> Loaded:
     loaded = list(ctx.load(component).examples)
-    rows = [row for row in loaded if row.targets] or loaded
     wanting = [metric_key(metric) for metric in metrics if needs_reference(metric)]
-    if not rows[:1] or (not rows[0].targets and len(wanting) == len(metrics)):
+    rows = ([row for row in loaded if row.targets] if wanting else loaded) or loaded
+    if not rows or (not rows[0].targets and len(wanting) == len(metrics)):
         raise DataError("no row has a reference to score against", where=f"dataset {name}")
     if not rows[0].targets and wanting:
         ctx.log(f"{name}: no row has a reference, so that it has no {', '.join(wanting)}")
+    unreferenced = len(loaded) - len(rows)
+    if unreferenced:
+        ctx.log(
+            f"{name}: {unreferenced} of {len(loaded)} rows have no reference, which {', '.join(wanting)} wants, "
+            "and are left out"
+        )
     repeated = [row for row, count in Counter(row.id for row in rows).items() if count > 1]
     if repeated:
         raise DataError(f"{len(repeated)} ids stand for several rows, such as {repeated[0]!r}", where=f"dataset {name}")
-    return rows
+    return Loaded(rows, unreferenced)

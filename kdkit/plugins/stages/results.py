@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from kdkit.api.data import Completion, Example, MetricResult, Prediction
-from kdkit.api.errors import DataError, StageError
+from kdkit.api.errors import DataError, KdkitError, StageError
 from kdkit.plugins.stages.baselines import baseline_predictions
 from kdkit.plugins.stages.forced import Forced
 from kdkit.plugins.stages.slots import metric_key, metric_needs, needs_reference
@@ -95,14 +96,27 @@ class Results:
         self._directory, self._log = directory, ctx.log
         directory.mkdir(parents=True, exist_ok=True)
 
-    def score(self, predictions: Sequence[Prediction]) -> dict[str, Any]:
-        """Metric key to result. A metric of teacher-forced measures sees the first sample of every row only."""
+    def score(self, predictions: Sequence[Prediction], about: str) -> dict[str, Any]:
+        """Metric key to result. A metric of teacher-forced measures sees the first sample of every row only.
+
+        Where a metric is undefined (it raises ``DataError``, or scored nothing), its entry is null with the reason: the
+        other numbers are worth having.
+
+        Raises:
+            StageError: A metric's result is malformed.
+        """
         rows = [prediction for prediction in predictions if prediction.sample == 0]
-        return {
-            key: _result(key, pair, rows if metric_needs(pair[0]) & _PER_ROW else predictions)
-            for key, pair in self._metrics.items()
-            if predictions[0].references or not needs_reference(pair[0])
-        }
+        found: dict[str, Any] = {}
+        for key, pair in self._metrics.items():
+            if needs_reference(pair[0]) and not predictions[0].references:
+                continue
+            try:
+                found[key] = _result(key, pair, rows if metric_needs(pair[0]) & _PER_ROW else predictions)
+            except DataError as error:
+                found[key] = _undefined(pair[0], f"{error.where}: {error.what}" if error.where else error.what)
+            if "reason" in found[key]:
+                self._log(f"{about}: {key} is undefined: {found[key]['reason']}")
+        return found
 
     def baselines(self, data: Mapping[str, Sequence[Example]]) -> dict[str, Any]:
         """Baseline to ``{"results": {DATASET: {KEY: ...}}}``, for metrics that compare the answer's text only."""
@@ -116,11 +130,30 @@ class Results:
                 for key, pair in chosen.items():
                     if needs_reference(pair[0]) and not rows[0].targets:
                         continue
-                    try:
-                        entry[key] = _result(key, pair, predictions)
-                    except DataError as error:  # distinct words of empty answers, say, are undefined
-                        self._log(f"{dataset}: the {name} baseline has no {key}: {error.what}")
+                    result = self._trivial(key, pair, predictions, f"{dataset}: the {name} baseline has no {key}")
+                    if result is not None:
+                        entry[key] = result
         return found
+
+    def _trivial(
+        self, key: str, pair: tuple[Component[Metric], Metric], predictions: Sequence[Prediction], none: str
+    ) -> dict[str, Any] | None:
+        """A baseline's result; None, and ``none`` is logged with the reason, when there is none.
+
+        A metric may be undefined for such answers (distinct words of nothing), and one from elsewhere may break on
+        them. Neither is worth an evaluation that the models got through.
+        """
+        try:
+            result = _result(key, pair, predictions)
+        except KdkitError as error:
+            reason = error.what
+        except Exception as error:  # noqa: BLE001 - the plugin boundary: a metric may raise anything
+            reason = f"{type(error).__name__}: {error}"
+        else:
+            reason = result.get("reason", "")
+        if reason:
+            self._log(f"{none}: {reason}")
+        return None if reason else result
 
     def write(self, name: str, dataset: str, predictions: Sequence[Prediction]) -> None:
         """Write one predictions file: one JSON object a line, without the example's extra columns."""
@@ -130,20 +163,64 @@ class Results:
             for prediction in predictions:
                 # The tests of one programming problem can take megabytes, for every answer of every model.
                 slim = asdict(replace(prediction, extra={}))
+                # What a model that diverged measures is no number; its metrics say so.
+                slim["measures"] = {key: _finite(value) for key, value in slim["measures"].items()}
+                slim["traces"] = {key: [_finite(value) for value in trace] for key, trace in slim["traces"].items()}
                 out.write(json.dumps(slim, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def _result(key: str, pair: tuple[Component[Metric], Metric], predictions: Sequence[Prediction]) -> dict[str, Any]:
+    """The entry of ``scores.json``; numbers of any kind (NumPy's too) as Python's, null for those that are not finite.
+
+    Raises:
+        DataError: The metric is undefined for these predictions.
+        StageError: Its result is malformed; the error names the metric.
+    """
     component, metric = pair
     result: MetricResult = metric.score(predictions)
-    if len(result.per_example) != result.n or (result.ids and len(result.ids) != result.n):
-        raise StageError("per_example, ids and n disagree", where=f"metric {key}")
-    spec: Any = component.found.spec
+    if result.n == 0:
+        return _undefined(component, "no answer was scored", result.counts)
     ids = result.ids or tuple(prediction.id for prediction in predictions)
+    if len(result.per_example) != result.n or (result.ids and len(ids) != result.n):
+        raise StageError("per_example, ids and n disagree", where=f"metric {key}")
     if len(ids) != result.n:
         raise StageError(f"{result.n} of {len(ids)} predictions scored, without their ids", where=f"metric {key}")
-    facts = {"higher_is_better": spec.higher_is_better, "unit": spec.unit, "ids": list(ids)}
-    return {**asdict(result), **facts}
+    try:
+        entry = _entry(component, result) | {"ids": [str(name) for name in ids]}
+    except (TypeError, ValueError) as error:
+        raise StageError(f"not a result: {error}", where=f"metric {key}") from error
+    weights = entry["weights"]
+    if weights is not None and (len(weights) != result.n or not all(w is not None and w >= 0 for w in weights)):
+        raise StageError(f"weights are {result.n} finite numbers of 0 or more", where=f"metric {key}")
+    return entry
+
+
+def _entry(component: Component[Metric], result: MetricResult) -> dict[str, Any]:
+    """``result`` as JSON data, with what its metric declares. Raises ``TypeError`` or ``ValueError`` for no numbers."""
+    spec: Any = component.found.spec
+    if result.link not in ("identity", "exp"):
+        raise ValueError(f"link is {result.link!r}")
+    return {
+        "value": _finite(result.value),
+        "per_example": [_finite(value) for value in result.per_example],
+        "n": int(result.n),
+        "weights": None if result.weights is None else [_finite(weight) for weight in result.weights],
+        "link": result.link,
+        "ids": [],
+        "counts": {str(what): int(number) for what, number in result.counts.items()},
+        "higher_is_better": spec.higher_is_better,
+        "unit": spec.unit,
+    }
+
+
+def _undefined(component: Component[Metric], reason: str, counts: Mapping[str, int] | None = None) -> dict[str, Any]:
+    empty = MetricResult(value=math.nan, per_example=(), n=0, counts=counts or {})
+    return _entry(component, empty) | {"reason": " ".join(reason.split())}
+
+
+def _finite(value: float) -> float | None:
+    number = float(value)
+    return number if math.isfinite(number) else None
 
 
 def _measures(score: ExampleScore | None) -> dict[str, float]:

@@ -9,7 +9,7 @@ import torch
 
 from kdkit.models.chat import ChatEncoder
 from kdkit.models.heads import verify_split
-from kdkit.models.load import load_model, load_tokenizer
+from kdkit.models.load import load_model, load_tokenizer, vocabulary
 from kdkit.models.save import read_provenance
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def load_subject(name: str, artifact: Model, params: EvaluateParams, ctx: StageC
 
 
 def facts(subject: Subject) -> dict[str, Any]:
-    """Where the model comes from, its size, and how many tokens kdkit trained it on."""
+    """Where the model comes from, its size, how many tokens kdkit trained it on, and what its tokens are."""
     artifact = subject.artifact
     return {
         # A stage's output is where it lies; anything else is what the recipe calls it.
@@ -50,6 +50,8 @@ def facts(subject: Subject) -> dict[str, Any]:
         "parameters": subject.model.num_parameters(),
         "bytes": _weight_bytes(subject),
         "trained_tokens": int(read_provenance(artifact.path).get("trained_tokens", 0)),
+        # Numbers per token compare only between models with the same tokens.
+        "vocabulary": vocabulary(subject.tokenizer, subject.model).fingerprint,
     }
 
 

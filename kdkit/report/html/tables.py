@@ -31,7 +31,7 @@ BASELINES: Final = {
     "identity": "repeats its input",
     "empty": "answers nothing",
     "majority": "always the most common reference",
-    "reference": "the reference itself: the most this metric can give",
+    "reference": "the reference itself",
 }
 _SPEEDS: Final[Mapping[str, tuple[str, Callable[[float | None], str]]]] = {
     "generated_tokens_per_s": ("tokens/s", number),
@@ -72,12 +72,13 @@ class Column:
     dataset: str
     name: str
     unit: str
-    higher_is_better: bool
+    higher_is_better: bool | None
 
     @property
     def direction(self) -> str:
-        """``higher is better`` or the opposite."""
-        return "higher is better" if self.higher_is_better else "lower is better"
+        """``higher is better``, the opposite, or neither."""
+        words = {True: "higher is better", False: "lower is better", None: "neither end is better"}
+        return words[self.higher_is_better]
 
     @property
     def facts(self) -> str:
@@ -194,7 +195,7 @@ def pair_grids(report: Report) -> Iterator[Grid]:
 
 
 def _pair_cells(row: Mapping[str, Any], column: Column) -> tuple[Cell, ...]:
-    ci95, verdict = row["ci95"], views.verdict(row, higher_is_better=column.higher_is_better)
+    ci95, verdict = row["ci95"], views.verdict(row, higher_is_better=bool(column.higher_is_better))
     return (
         Cell(f"{row['a']} − {row['b']}"),
         Cell(measured(row["difference"], ci95, sign=True), sort=row["difference"]),
