@@ -108,6 +108,7 @@ def kdkit_datasets() -> Iterator[DatasetSpec[Any]]:
         summary="Your rows: messages, prompt and completion, or prompts; also a stage's output",
         params=JsonlParams,
         build=_jsonl,
+        version=2,
     )
     yield DatasetSpec(
         name="instructions",
