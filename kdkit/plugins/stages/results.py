@@ -23,6 +23,8 @@ __all__ = ["Answered", "Results"]
 
 _PER_ROW: Final = frozenset({"nll", "teacher-kl", "exposure"})
 """Needs that are measured once per row, whatever number of answers it has."""
+_BREAKS: Final = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What code raises on values that it was not written for; a full disk, say, is none of it."""
 
 
 @dataclass(slots=True)
@@ -147,7 +149,7 @@ class Results:
             result = _result(key, pair, predictions)
         except KdkitError as error:
             reason = error.what
-        except Exception as error:  # noqa: BLE001 - the plugin boundary: a metric may raise anything
+        except _BREAKS as error:
             reason = f"{type(error).__name__}: {error}"
         else:
             reason = result.get("reason", "")
