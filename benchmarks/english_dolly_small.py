@@ -54,8 +54,12 @@ def main() -> None:
     result = kdkit.run(ROOT / "recipes" / "paper" / "english_dolly.yaml", **settings(rows))
     if not result.ok:
         raise SystemExit(str(result.error))
-    minutes = (time.monotonic() - started) / 60
-    report = (result.run_dir / "report.md").read_text(encoding="utf-8")
+    publish(result.run_dir, (time.monotonic() - started) / 60)
+
+
+def publish(run: Path, minutes: float) -> None:
+    """Write the page and the figures of a finished run."""
+    report = (run / "report.md").read_text(encoding="utf-8")
     head = (
         "# The English experiment of the paper, at a size for a laptop\n\n"
         "Made by `benchmarks/english_dolly_small.py`, not by hand. Teacher: SmolLM2-135M-Instruct after "
@@ -64,7 +68,10 @@ def main() -> None:
         "report reads; it says nothing about the paper's models.\n\n"
     )
     (ROOT / "docs" / "english-dolly-small.md").write_text(head + report, encoding="utf-8")
-    facts = {"steps": STEPS, "minutes": round(minutes, 1), "report": result.report}
+    figures = json.loads((run / "report.json").read_text(encoding="utf-8"))
+    for model in figures["models"].values():
+        del model["path"]  # of one machine
+    facts = {"steps": STEPS, "minutes": round(minutes, 1), "report": figures}
     text = json.dumps(facts, indent=1, ensure_ascii=False) + "\n"
     (ROOT / "benchmarks" / "results" / "english_dolly_small.json").write_text(text, encoding="utf-8")
 
