@@ -386,6 +386,25 @@ def test_parquet_bombs_stop(tmp_path, monkeypatch):
         assert f"{name}.parquet: grows to more than " in one_line(error)
 
 
+def test_texts_that_a_table_holds_once_and_names_often_count_each_time(tmp_path, monkeypatch):
+    def save(count: int) -> Path:
+        column = pa.DictionaryArray.from_arrays(pa.array([0, 1] * count), pa.array(["x" * 1000, "y"]))
+        pq.write_table(pa.table({"a": column, "n": pa.array(range(2 * count))}), tmp_path / "x.parquet")
+        return tmp_path / "x.parquet"
+
+    assert [row.columns for row in read_rows(save(2))] == [
+        {"a": text, "n": n} for n, text in enumerate(["x" * 1000, "y"] * 2)
+    ]
+    monkeypatch.setattr(readers, "EXPANSION_FROM", 100_000)
+    monkeypatch.setattr(readers, "EXPANSION", 1)
+    with pytest.raises(DataError, match="grows to more than"):
+        list(read_rows(save(200)))
+    lists = pa.ListArray.from_arrays(pa.array([0, 1]), pa.DictionaryArray.from_arrays(pa.array([0]), pa.array(["x"])))
+    pq.write_table(pa.table({"a": lists}), tmp_path / "y.parquet")
+    with pytest.raises(DataError, match="dictionaries within lists"):
+        list(read_rows(tmp_path / "y.parquet"))
+
+
 def test_a_parquet_file_that_says_it_is_a_bomb_is_not_unpacked(tmp_path, monkeypatch):
     monkeypatch.setattr(readers, "EXPANSION_FROM", 1_000_000)
     pq.write_table(pa.table({"a": ["x" * 3_000_000]}), tmp_path / "x.parquet", use_dictionary=False, compression="zstd")

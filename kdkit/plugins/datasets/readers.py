@@ -193,10 +193,31 @@ def parquet_objects(file: Path, *, columns: Sequence[str] | None = None) -> Iter
                 _Growth(file).add(sum(table.metadata.row_group(n).total_byte_size for n in range(table.num_row_groups)))
                 growth = _Growth(file)
                 for batch in table.iter_batches(batch_size=_BATCH, columns=columns):
-                    growth.add(batch.nbytes)
-                    yield from _batch_rows(batch)
+                    for part in _decoded(batch, file):
+                        growth.add(part.nbytes)
+                        yield from _batch_rows(part)
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"is damaged: {error}", where=str(file), hint="fetch it again") from error
+
+
+def _decoded(batch: Any, file: Path) -> Iterator[Any]:
+    """``batch``, or its rows one by one where texts are stored once and named by number, which hides their size."""
+    import pyarrow as pa
+
+    if any(
+        pa.types.is_nested(field.type) and "dictionary<" in str(field.type) and not pa.types.is_dictionary(field.type)
+        for field in batch.schema
+    ):
+        raise DataError("has dictionaries within lists or objects", where=str(file), hint="write it with plain columns")
+    if not any(pa.types.is_dictionary(field.type) for field in batch.schema):
+        yield batch
+        return
+    for index in range(batch.num_rows):
+        columns = [
+            column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
+            for column in batch.slice(index, 1).columns
+        ]
+        yield pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
 
 
 def _batch_rows(batch: Any) -> Iterator[Any]:
