@@ -153,8 +153,10 @@ def test_the_end_token_is_learned_where_the_answer_ended_and_only_there():
 def test_max_length_bounds_prompt_and_answer_together():
     rows = make_rows(8)
     longest = max(len(prompt_of(row)) for row in rows)
-    short = policy(tiny_model(), max_length=longest + 1, stop_ids=()).rows(0, rows, range(8))
+    bound = policy(tiny_model(), max_length=longest + 1, stop_ids=())
+    short = bound.rows(0, rows, range(8))
     assert {len(row.ids) for row in short} == {longest + 1}
+    assert bound.metrics(lambda n: n)["truncated_share"] == 1.0
     free = policy(tiny_model(), stop_ids=()).rows(0, rows, range(8))
     for row, whole in zip(short, free, strict=True):
         assert row.ids == whole.ids[: longest + 1], "the bound cuts an answer and does not change it"
