@@ -175,8 +175,7 @@ def _choose(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Gener
     """Next token of every row, [B]: the most probable one, or a draw.
 
     A draw inverts the cumulative distribution at one uniform number per row, from a generator per row, so that a
-    completion does not depend on the batch it was decoded in. (Gumbel noise for every entry costs as much as a step of
-    a small model.)
+    completion does not depend on the batch it was decoded in. Noise for every entry (Gumbel's way) costs twice as much.
     """
     if not sampling.do_sample:
         return logits.argmax(dim=-1)
