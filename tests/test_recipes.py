@@ -61,6 +61,45 @@ def test_quickstart_runs_with_a_tiny_model_and_is_cached_the_second_time(tiny, t
     assert again.report == report
 
 
+DIVERGENCES = ["forward-kl", "reverse-kl", "jsd", "skew-kl", "tvd"]
+
+
+@pytest.mark.parametrize("on_policy", [0.0, 1.0])
+def test_kd_losses_compares_five_divergences_on_the_same_rows(on_policy, tiny, tmp_path):
+    small = {
+        "stages.answers.data.max_rows": 40,
+        "stages.answers.sampling": {"do_sample": True, "max_new_tokens": 200},
+        "stages.eval.sampling.max_new_tokens": 4,
+        "stages.eval.data.test_fraction": 0.4,
+    }
+    students = ["sft", "kd", *DIVERGENCES]
+    small |= {f"stages.{stage}.{field}": value for stage in students
+              for field, value in {"max_length": 2000, "per_device_train_batch_size": 2}.items()}  # fmt: skip
+    if on_policy:
+        small |= {f"stages.{stage}.sampling": {"max_new_tokens": 5} for stage in DIVERGENCES}
+    var = {"teacher": str(tiny), "student": {"from": str(tiny), "keep_layers": 2}, "steps": 2, "on_policy": on_policy}
+    result = kdkit.run(ROOT / "recipes" / "kd_losses.yaml", set=small, var=var, out=tmp_path, inline=True)
+    assert result.ok, result.error
+    report = result.report
+    assert set(report["models"]) == {"base", "teacher", *students}
+    tokens = {name: report["models"][name]["trained_tokens"] for name in students}
+    own = {tokens[name] for name in DIVERGENCES}
+    if on_policy:
+        assert max(own) <= 2 * 2 * 5
+    else:
+        assert len({*tokens.values()}) == 1
+    values = {report["models"][name]["metrics"]["teacher-kl"]["value"] for name in DIVERGENCES}
+    assert len(values) == 5, "five objectives, five students"
+
+
+def test_kd_losses_differ_in_nothing_but_the_loss():
+    stages = {n: s.params for n, s in load_recipe(ROOT / "recipes" / "kd_losses.yaml").stages.items()}
+    assert [[loss.name for loss in stages[name].losses] for name in DIVERGENCES] == [[name] for name in DIVERGENCES]
+    for name in ("kd", *DIVERGENCES):
+        for field in type(stages["kd"]).model_fields.keys() - {"losses"}:
+            assert repr(getattr(stages[name], field)) == repr(getattr(stages["kd"], field)), (name, field)
+
+
 def small_paper(recipe: Path, tiny: Path, source: Path, tmp_path: Path) -> dict:
     """Settings that cut a paper recipe down to seconds on the rows that ship with kdkit."""
     var: dict = {"teacher": str(tiny), "student": {"from": str(tiny), "keep_layers": 2}}

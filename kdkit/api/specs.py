@@ -107,11 +107,18 @@ class DatasetSpec(Spec[P]):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherSpec(Spec[P]):
-    """A teacher and what it can give."""
+    """A teacher and what it can give.
+
+    Attributes:
+        gives: Kinds of signal.
+        fixed_rows: It has signals only for the dataset's own answers (a cache), and is refused where the student writes
+            answers of its own.
+    """
 
     kind: ClassVar[str] = "teacher"
     build: Callable[[P, BuildContext], Teacher]
     gives: frozenset[Literal["logits", "topk", "text"]]
+    fixed_rows: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from kdkit.api import StageContext, TeacherSignals
     from kdkit.models.chat import Encoded
+    from kdkit.train.on_policy import OnPolicy
 
 __all__ = ["Task", "TrainResult", "train"]
 
@@ -46,6 +47,7 @@ class Task:
         data: Encoded rows of each training dataset, with ``weights``.
         held_out: Rows for evaluation during training.
         signals: The teacher's view of a batch, when a loss needs it.
+        on_policy: Replaces answers of the data by the student's own; evaluation keeps to the data.
     """
 
     model: PreTrainedModel
@@ -54,6 +56,7 @@ class Task:
     weights: Sequence[float]
     held_out: Sequence[Encoded] = ()
     signals: Callable[[TokenBatch], TeacherSignals] | None = None
+    on_policy: OnPolicy | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,10 +176,12 @@ class _Training:
         return pack(part, device=device, limit=getattr(self.task.model.config, "max_position_embeddings", None))
 
     def _rows(self, step: int) -> list[Encoded]:
-        """This rank's rows of a step."""
-        rows = self.order.rows_of_step(step, self.batch * self.world)
-        mine = rows[self.accelerator.process_index :: self.world]
-        return [self.task.data[dataset][row] for dataset, row in mine]
+        """This rank's rows of a step, as they are learned."""
+        places = range(self.accelerator.process_index, self.batch * self.world, self.world)
+        of_step = self.order.rows_of_step(step, self.batch * self.world)
+        rows = [self.task.data[dataset][row] for dataset, row in (of_step[place] for place in places)]
+        policy = self.task.on_policy
+        return rows if policy is None else policy.rows(step, rows, places)
 
     def _apply(self, norm: Tensor | float | None, rows: Sequence[Encoded]) -> bool:
         """Update the weights unless the gradient is not finite; whether they were updated."""
@@ -201,6 +206,8 @@ class _Training:
         seconds = max(time.monotonic() - self.window.started, 1e-9)
         values = self._means(self.window.sums, self.window.tokens)
         speed = self.window.positions / seconds
+        if self.task.on_policy is not None:
+            values |= self.task.on_policy.metrics(self._all_ranks)
         step, total = self.progress.step, self.progress.total_steps
         rate = learning_rate(step - 1, total, self.params)
         self.ctx.metrics(

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
+from torch.func import functional_call
 from transformers import DynamicCache, LogitsProcessor
 from transformers.generation.logits_process import (
     TemperatureLogitsWarper,
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from kdkit.api import Sampling
     from kdkit.models.chat import ChatEncoder
 
-__all__ = ["generate", "stop_ids"]
+__all__ = ["generate", "generate_ids", "stop_ids"]
 
 
 def stop_ids(model: PreTrainedModel, encoder: ChatEncoder) -> tuple[int, ...]:
@@ -56,51 +58,107 @@ def generate(
         batch_size: Prompts decoded together, grouped by length.
         on_batch: Called with the number of finished prompts after every batch.
     """
+    answers = generate_ids(model, prompts, sampling, seeds, stop_ids=stop_ids, batch_size=batch_size, on_batch=on_batch)
+    return [_completion(row, tokenizer, stop_ids) for row in answers]
+
+
+def generate_ids(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    seeds: Sequence[int],
+    *,
+    stop_ids: Sequence[int],
+    batch_size: int,
+    max_length: int | None = None,
+    vocabulary: int | None = None,
+    compute: torch.dtype | None = None,
+    on_batch: Callable[[int], None] | None = None,
+) -> list[list[int]]:
+    """New token ids of every prompt, in the order of ``prompts``, with the id of ``stop_ids`` that ended them.
+
+    Args:
+        model: See :func:`generate`, as for the arguments that are not named here.
+        prompts: Token ids.
+        sampling: Decoding parameters.
+        seeds: One per prompt.
+        stop_ids: Ids that end an answer.
+        batch_size: Prompts decoded together, grouped by length.
+        max_length: Bound of prompt and answer together; longer than every prompt.
+        vocabulary: Choose among this many leading ids only.
+        compute: Precision of the weights while decoding; the parameters themselves stay as they are.
+        on_batch: Called with the number of finished prompts after every batch.
+    """
+    limits = [
+        sampling.max_new_tokens if max_length is None else min(sampling.max_new_tokens, max_length - len(prompt))
+        for prompt in prompts
+    ]
+    decoder = _Decoder(model, sampling, stop_ids, vocabulary)
+    weights = _cast(decoder, compute)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    done: dict[int, Completion] = {}
+    done: dict[int, list[int]] = {}
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        ids = _decode(model, [prompts[i] for i in chosen], sampling, [seeds[i] for i in chosen], stop_ids)
-        for index, row in zip(chosen, ids, strict=True):
-            done[index] = _completion(row, tokenizer, stop_ids)
+        parts = ([values[i] for i in chosen] for values in (prompts, seeds, limits))
+        done.update(zip(chosen, functional_call(decoder, weights, tuple(parts)), strict=True))
         if on_batch:
             on_batch(len(done))
     return [done[i] for i in range(len(prompts))]
 
 
 @torch.no_grad()
-def _decode(
-    model: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
-    seeds: Sequence[int],
-    stop_ids: Sequence[int],
-) -> list[list[int]]:
-    """New token ids of every prompt, the stop id included. Rows leave the batch as soon as they end."""
-    parts = split(model)
-    ids, mask = _left_padded(prompts, model.device)
-    cache = DynamicCache(config=model.config)
-    out: list[list[int]] = [[] for _ in prompts]
-    alive = list(range(len(prompts)))
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    for _ in range(sampling.max_new_tokens):
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        hidden = parts.trunk(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-        ).last_hidden_state
-        # Only the last position is projected, as a matrix: a [B, 1, D] slice would copy the head once a row.
-        chosen = _choose(parts.project(hidden[:, -1]), sampling, [generators[i] for i in alive])
-        for row, token in zip(alive, chosen.tolist(), strict=True):
-            out[row].append(token)
-        going = [i for i, row in enumerate(alive) if out[row][-1] not in stop_ids]
-        if not going:
-            break
-        ids, mask = chosen.unsqueeze(1), torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-        if len(going) < len(alive):
-            keep = torch.tensor(going, device=ids.device)
-            ids, mask, alive = ids[keep], mask[keep], [alive[i] for i in going]
-            cache.batch_select_indices(keep)
-    return out
+def _cast(module: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Copies in ``dtype`` of the parameters that have another floating type; a tied one is copied once.
+
+    Autocast would copy them as well, and leave half of the cache in float32.
+    """
+    return {
+        name: parameter.to(dtype)
+        for name, parameter in module.named_parameters()
+        if dtype is not None and parameter.is_floating_point() and parameter.dtype != dtype
+    }
+
+
+class _Decoder(nn.Module):
+    """The decoding loop as a module, so that it can run once with other weights than the model's own."""
+
+    def __init__(
+        self, model: PreTrainedModel, sampling: Sampling, stop_ids: Sequence[int], vocabulary: int | None
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self._sampling, self._stop_ids, self._vocabulary = sampling, frozenset(stop_ids), vocabulary
+
+    @torch.no_grad()
+    def forward(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], limits: Sequence[int]) -> list[list[int]]:
+        """New token ids of every prompt, the stop id included. Rows leave the batch as soon as they end."""
+        parts = split(self.model)
+        ids, mask = _left_padded(prompts, self.model.device)
+        cache = DynamicCache(config=self.model.config)
+        out: list[list[int]] = [[] for _ in prompts]
+        alive = list(range(len(prompts)))
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        while True:
+            positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+            hidden = parts.trunk(
+                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+            ).last_hidden_state
+            # Only the last position is projected, as a matrix: a [B, 1, D] slice would copy the head once a row.
+            logits = parts.project(hidden[:, -1])[:, : self._vocabulary]
+            chosen = _choose(logits, self._sampling, [generators[i] for i in alive])
+            for row, token in zip(alive, chosen.tolist(), strict=True):
+                out[row].append(token)
+            going = [i for i, row in enumerate(alive) if self._goes_on(out[row], limits[row])]
+            if not going:
+                return out
+            ids, mask = chosen.unsqueeze(1), torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+            if len(going) < len(alive):
+                keep = torch.tensor(going, device=ids.device)
+                ids, mask, alive = ids[keep], mask[keep], [alive[i] for i in going]
+                cache.batch_select_indices(keep)
+
+    def _goes_on(self, row: list[int], limit: int) -> bool:
+        return len(row) < limit and row[-1] not in self._stop_ids
 
 
 def _left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -116,16 +174,19 @@ def _left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tupl
 def _choose(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> Tensor:
     """Next token of every row, [B]: the most probable one, or a draw.
 
-    A draw is argmax(logits + Gumbel noise) with a generator per row, so that a completion does not depend on the batch
-    it was decoded in.
+    A draw inverts the cumulative distribution at one uniform number per row, from a generator per row, so that a
+    completion does not depend on the batch it was decoded in. Noise for every entry (Gumbel's way) costs twice as much.
     """
     if not sampling.do_sample:
         return logits.argmax(dim=-1)
     scores = logits.float()
     for warper in _warpers(sampling):
         scores = warper(torch.empty(0), scores)
-    noise = torch.stack([torch.empty(scores.shape[-1]).exponential_(generator=g).log_() for g in generators])
-    return (scores - noise.to(scores.device)).argmax(dim=-1)
+    # Summed in float64: in float32 the last of many entries would be too small to be added.
+    cumulative = scores.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
+    uniform = torch.stack([torch.rand(1, generator=g, dtype=torch.float64) for g in generators]).to(scores.device)
+    chosen = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)[:, 0]
+    return chosen.clamp(max=scores.shape[-1] - 1)
 
 
 def _warpers(sampling: Sampling) -> Iterator[LogitsProcessor]:

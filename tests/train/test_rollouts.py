@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from kdkit.api import Sampling
 from kdkit.testing.tiny import tiny_model, tiny_tokenizer
-from kdkit.train.rollouts import generate
+from kdkit.train.rollouts import _choose, generate
 
 PROMPTS = [[1, 2, 3, 4, 5, 6], [7], [9, 8, 7], [20, 30]]
 
@@ -64,6 +66,13 @@ def test_sampling_follows_the_softmax():
         share = float((first == token).float().mean())
         assert abs(share - probability) < 4 * (probability * (1 - probability) / n) ** 0.5
     assert set(first.tolist()) <= set(ids.tolist())
+
+
+@pytest.mark.parametrize(("uniform", "token"), [(0.0, 2), (1 - 2**-53, 4)])
+def test_not_even_the_ends_of_a_draw_give_a_token_without_probability(uniform, token, monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda *shape, **options: torch.full(shape, uniform, dtype=torch.float64))
+    logits = torch.tensor([[-math.inf, -math.inf, 1.0, 0.5, 2.0, -math.inf]])
+    assert _choose(logits, Sampling(do_sample=True), [torch.Generator()]).tolist() == [token]
 
 
 def test_the_models_own_generation_defaults_do_not_leak_in():

@@ -57,7 +57,24 @@ def check_distill(params: DistillParams) -> Problems:
     problems = _check_losses(params.losses, spec.gives)
     if not any(loss.found.spec.needs for loss in params.losses if hasattr(loss.found.spec, "needs")):
         problems.append((("losses",), "no loss uses the teacher; add one, such as forward-kl, or use an sft stage"))
-    return problems
+    return [*problems, *_on_policy_problems(params)]
+
+
+def _on_policy_problems(params: DistillParams) -> Iterator[Problem]:
+    if not params.on_policy:
+        if params.sampling is not None:
+            yield ("sampling",), "the student writes answers only with on_policy above 0"
+        return
+    for index, loss in enumerate(params.losses):
+        if not _spec(loss).needs:
+            why = "needs no teacher, and without one the student's own answers (on_policy) teach nothing"
+            yield (
+                ("losses", index, "use"),
+                f"'{loss.name}' {why}; use losses that compare with the teacher, such as jsd",
+            )
+    if _spec(params.teacher).fixed_rows:
+        why = "knows only the data's answers, and on_policy asks about the student's own"
+        yield ("teacher", "use"), f"'{params.teacher.name}' {why}; use a teacher that is present, such as local"
 
 
 def check_generate(params: GenerateParams) -> Problems:

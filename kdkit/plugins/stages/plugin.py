@@ -37,8 +37,18 @@ class SftParams(TrainParams):
     """Weighted sum of losses; weights are used as they are."""
 
 
+class OwnAnswers(Sampling):
+    """How the student answers in on-policy steps. Defaults are those of GKD: the student's own distribution."""
+
+    do_sample: bool = True
+    """Sample from the student; false is greedy decoding."""
+    max_new_tokens: int = Field(128, ge=1)
+    """Longest answer in tokens, its end token included; ``max_length`` bounds prompt and answer together. A longer one
+    is cut, and learned without an end token."""
+
+
 class DistillParams(TrainParams):
-    """Training a student on a teacher's distributions."""
+    """Training a student on a teacher's distributions: on the data's answers, or on its own (GKD)."""
 
     model: Ref[Model]
     """The student."""
@@ -50,6 +60,12 @@ class DistillParams(TrainParams):
         min_length=1,
     )
     """Weighted sum of losses; weights are used as they are."""
+    on_policy: float = Field(0.0, ge=0, le=1)
+    """Share of the optimiser steps in which the student's own answers, sampled on the spot, replace those of the data
+    (the lambda of GKD, Agarwal et al. 2024). It takes losses that compare with the teacher only: the likelihood of an
+    answer that the student gave itself says nothing about the teacher."""
+    sampling: OwnAnswers | None = None
+    """Decoding of the student's own answers; by default plain sampling of up to 128 tokens. Only with ``on_policy``."""
 
 
 class GenerateParams(Params):
@@ -173,6 +189,7 @@ def kdkit_stages() -> Iterator[StageSpec[Any]]:
         run=_generate,
         outputs={"data": Dataset},
         check=check_generate,
+        version=2,
     )
     yield StageSpec(
         name="evaluate",

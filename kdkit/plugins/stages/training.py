@@ -17,9 +17,11 @@ from kdkit.models.chat import ChatEncoder
 from kdkit.models.heads import verify_split
 from kdkit.models.load import check_same_vocabulary, load_model, load_tokenizer, vocabulary
 from kdkit.models.save import read_provenance, save_model
+from kdkit.plugins.stages.plugin import DistillParams, OwnAnswers
 from kdkit.train.encoding import encode_rows
 from kdkit.train.loop import Task, TrainResult, train
 from kdkit.train.objective import LossTerm
+from kdkit.train.on_policy import OnPolicy
 from kdkit.train.rollouts import stop_ids
 
 if TYPE_CHECKING:
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
     from kdkit.api import Component, StageContext, Teacher
     from kdkit.api.protocols import DatasetLoader, StageOutputs
     from kdkit.models.chat import Encoded
-    from kdkit.plugins.stages.plugin import DistillParams, SftParams
+    from kdkit.plugins.stages.plugin import SftParams
     from kdkit.train.params import TrainParams
 
 __all__ = ["run_distill", "run_sft"]
@@ -56,8 +58,11 @@ def run_distill(params: DistillParams, ctx: StageContext) -> StageOutputs:
     """
     student = _load(params.model, ctx)
     teacher = ctx.build(params.teacher)
+    method = "knowledge distillation"
+    if params.on_policy:
+        method += f", {params.on_policy:.0%} of the steps on its own answers"
     try:
-        return _train(params, ctx, student, teacher=teacher, method="knowledge distillation")
+        return _train(params, ctx, student, teacher=teacher, method=method)
     finally:
         teacher.close()
 
@@ -77,6 +82,8 @@ def _train(
     if teacher is not None:
         shared = check_same_vocabulary(vocabulary(student.tokenizer, student.model), teacher.vocabulary)
     encoder = ChatEncoder(student.tokenizer)
+    precision = ctx.precision(params.precision)
+    compute = torch.bfloat16 if precision == "bf16" else torch.float32
     task = Task(
         model=student.model,
         terms=_terms(params, ctx, shared),
@@ -84,12 +91,34 @@ def _train(
         weights=[component.weight for component in params.data],
         held_out=_held_out(params, encoder, ctx),
         signals=teacher.signals if teacher is not None else None,
+        on_policy=_on_policy(params, ctx, student, encoder, shared, compute),
     )
     # Before the work: what cannot be saved afterwards must not be found out afterwards.
     _stop_where_trained(student.model, encoder)
-    precision = ctx.precision(params.precision)
-    result = train(task, params, ctx, compute=torch.bfloat16 if precision == "bf16" else torch.float32)
+    result = train(task, params, ctx, compute=compute)
     return {"model": _save(params, ctx, student, result, precision=precision, method=method)}
+
+
+def _on_policy(
+    params: TrainParams,
+    ctx: StageContext,
+    student: _Student,
+    encoder: ChatEncoder,
+    shared: int | None,
+    compute: torch.dtype,
+) -> OnPolicy | None:
+    if not isinstance(params, DistillParams) or not params.on_policy:
+        return None
+    return OnPolicy(
+        student.model,
+        params.sampling or OwnAnswers(),
+        share=params.on_policy,
+        seed=ctx.seed_for("on-policy"),
+        stop_ids=stop_ids(student.model, encoder),
+        max_length=params.max_length,
+        compute=compute,
+        vocabulary=shared,
+    )
 
 
 def _terms(params: TrainParams, ctx: StageContext, shared: int | None) -> list[LossTerm]:
