@@ -177,10 +177,10 @@ class OpenAITeacher:
         limit = answer_bytes(len(document.ids), k)
         choice = completion(self._server.post("/completions", {**body, **form.fields(k)}, limit=limit), where)
         try:
-            entries = form.entries(choice, where)
+            given = form.given(choice, where)
         except FormMissing as error:
             raise StageError(f"the answer {error}, which an earlier one had", where=where) from error
-        return top_table(entries, document.ids, document.learned, k, self.vocabulary.size, where)
+        return top_table(given, document.ids, document.learned, k, self.vocabulary.size, where)
 
     def _answer(self, example: Example, sampling: Sampling, seed: int) -> Completion:
         body: dict[str, Any] = {"model": self._params.model, "max_tokens": sampling.max_new_tokens}

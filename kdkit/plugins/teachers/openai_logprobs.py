@@ -15,7 +15,7 @@ import numpy as np
 
 from kdkit.api.errors import StageError
 
-__all__ = ["FORMS", "Form", "FormMissing", "Table", "completion", "top_table"]
+__all__ = ["FORMS", "Entry", "Form", "FormMissing", "Given", "Table", "completion", "top_table"]
 
 _POSITIVE: Final = 1e-4
 """A log-probability may round to this much above zero."""
@@ -25,6 +25,25 @@ _TOKEN: Final = re.compile(r"token_id:(0|[1-9][0-9]{0,9})")
 _ID: Final = re.compile(r"0|[1-9][0-9]{0,9}")
 
 Entry: TypeAlias = Mapping[int, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What an answer says about a prompt.
+
+    Attributes:
+        entries: Log-probabilities by token id for every position; None where there are none, as at the first.
+        named: The tokens that the server took for the prompt, where the form has them.
+    """
+
+    entries: Sequence[Entry | None]
+    named: Sequence[int] | None = None
+
+    def about(self, token: int, position: int) -> Entry | None:
+        """The entry at ``position``; None when it is not about ``token``."""
+        entry = self.entries[position]
+        right = entry is not None and token in entry and (self.named is None or self.named[position] == token)
+        return entry if right else None
 
 
 class FormMissing(LookupError):
@@ -38,12 +57,12 @@ class Form:
     Attributes:
         name: The field that asks for them.
         fields: What a request has, given k.
-        entries: The entries of every position of an answer's choice; None where it gives none.
+        given: What the choice of an answer says; ``FormMissing`` when it says nothing in this form.
     """
 
     name: str
     fields: Callable[[int], dict[str, Any]]
-    entries: Callable[[Mapping[str, Any], str], list[Entry | None]]
+    given: Callable[[Mapping[str, Any], str], Given]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,13 +89,11 @@ def completion(answer: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     return choices[0]
 
 
-def top_table(
-    entries: Sequence[Entry | None], sent: Sequence[int], positions: Sequence[int], k: int, size: int, where: str
-) -> Table:
+def top_table(given: Given, sent: Sequence[int], positions: Sequence[int], k: int, size: int, where: str) -> Table:
     """The k most probable tokens at ``positions``, checked.
 
     Args:
-        entries: What the server says for every position of the prompt.
+        given: What the server says.
         sent: The prompt's token ids.
         positions: Those that are wanted, each from 1 to ``len(sent) - 1``.
         k: How many; a position may have one more, the sent token where it is less probable.
@@ -86,12 +103,12 @@ def top_table(
     Raises:
         StageError: The answer is about other tokens, has fewer than k, or numbers that are no log-probabilities.
     """
-    if len(entries) != len(sent):
-        raise _wrong(f"has {len(entries)} positions for {len(sent)} tokens", where)
+    if len(given.entries) != len(sent):
+        raise _wrong(f"has {len(given.entries)} positions for {len(sent)} tokens", where)
     ids, values = np.zeros((len(positions), k), np.int64), np.zeros((len(positions), k), np.float64)
     for row, position in enumerate(positions):
-        entry = entries[position]
-        if entry is None or sent[position] not in entry:
+        entry = given.about(sent[position], position)
+        if entry is None:
             raise _wrong(f"is about another token at position {position} than the one that was sent", where)
         if len(entry) < k:
             raise _wrong(f"has {len(entry)} log-probabilities at position {position}, {k} were asked for", where)
@@ -135,13 +152,13 @@ def _prompt_fields(k: int) -> dict[str, Any]:
     return {"prompt_logprobs": k}
 
 
-def _prompt_entries(choice: Mapping[str, Any], where: str) -> list[Entry | None]:
+def _prompt_given(choice: Mapping[str, Any], where: str) -> Given:
     given = choice.get("prompt_logprobs")
     if given is None:
         raise FormMissing("has no prompt_logprobs")
     if not isinstance(given, list):
         raise _wrong("has prompt_logprobs that are no list", where)
-    return [None if item is None else _prompt_entry(item, where) for item in given]
+    return Given([None if item is None else _prompt_entry(item, where) for item in given])
 
 
 def _prompt_entry(item: Any, where: str) -> Entry:
@@ -162,7 +179,7 @@ def _echo_fields(k: int) -> dict[str, Any]:
     return {"logprobs": k, "return_tokens_as_token_ids": True}
 
 
-def _echo_entries(choice: Mapping[str, Any], where: str) -> list[Entry | None]:
+def _echo_given(choice: Mapping[str, Any], where: str) -> Given:
     given = choice.get("logprobs")
     if not isinstance(given, dict):
         raise FormMissing("has no logprobs")
@@ -172,10 +189,11 @@ def _echo_entries(choice: Mapping[str, Any], where: str) -> list[Entry | None]:
     if not len(tokens) == len(own) == len(top):
         raise _wrong("has tokens, token_logprobs and top_logprobs of different lengths", where)
     named = [_token(token) for token in tokens]
-    return [
+    entries = [
         None if item is None else {**_echo_entry(item, where), token: _number(value, where)}
         for token, value, item in zip(named, own, top, strict=True)
     ]
+    return Given(entries, named)
 
 
 def _token(text: Any) -> int:
@@ -193,6 +211,6 @@ def _echo_entry(item: Any, where: str) -> dict[int, float]:
 
 
 FORMS: Final = (
-    Form("prompt_logprobs", _prompt_fields, _prompt_entries),
-    Form("echo", _echo_fields, _echo_entries),
+    Form("prompt_logprobs", _prompt_fields, _prompt_given),
+    Form("echo", _echo_fields, _echo_given),
 )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from kdkit.api.errors import ModelError, StageError
 from kdkit.plugins.teachers.openai_http import RefusedRequest, Server
-from kdkit.plugins.teachers.openai_logprobs import FORMS, Entry, Form, FormMissing, completion, top_table
+from kdkit.plugins.teachers.openai_logprobs import FORMS, Entry, Form, FormMissing, Given, completion, top_table
 
 if TYPE_CHECKING:
     from kdkit.models.load import Vocabulary
@@ -115,21 +115,21 @@ def _climb(server: Server, model: str, form: Form, ids: list[int], size: int, as
 
 def _count(answer: dict[str, Any], form: Form, ids: list[int], size: int, asked: int, where: str) -> int:
     """Log-probabilities per position of the answer, at most ``asked``, after checking that its tokens are ours."""
-    entries = form.entries(completion(answer, where), where)
+    given = form.given(completion(answer, where), where)
+    rows = [given.about(token, place) for place, token in enumerate(ids[: len(given.entries)])][1:]
+    found = [row for row in rows if row is not None]
     # A server may close the text with its end token.
-    same = len(entries) - len(ids) in {0, 1}
-    pairs = list(zip(entries[1:], ids[1:], strict=False))
-    if not same or not all(entry is not None and token in entry for entry, token in pairs):
+    if len(given.entries) - len(ids) not in {0, 1} or len(found) < len(rows):
         _other_tokenizer(where)
-    rows = [entry for entry, _ in pairs if entry is not None]
-    fewest = min(map(len, rows))
-    if fewest < asked and all(_is_last(entry, token) for entry, token in zip(rows, ids[1:], strict=False)):
+    fewest = min(map(len, found))
+    if all(len(row) == fewest and _is_last(row, token) for row, token in zip(found, ids[1:], strict=True)):
         # The sent token stands at the end of each position: the server adds it to its top.
         fewest -= 1
     count = min(asked, fewest)
     if count < 1:
         raise FormMissing("has the log-probability of the sent token alone")
-    top_table(entries[: len(ids)], ids, range(1, len(ids)), count, size, where)
+    whole = Given(given.entries[: len(ids)], given.named and given.named[: len(ids)])
+    top_table(whole, ids, range(1, len(ids)), count, size, where)
     return count
 
 
