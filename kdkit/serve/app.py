@@ -89,6 +89,9 @@ class TeacherApi:
             return Response(error, refusal.status, headers, media_type="application/json")
         except ClientDisconnect:
             return Response(status_code=499)
+        except asyncio.CancelledError:
+            # Only the end of the server cancels a request; there is nothing after it that could need to know.
+            return Response(json.dumps(error_reply(503, "the server is stopping")), 503, media_type="application/json")
         return Response(body, media_type="application/json")
 
     def _authorize(self, request: Request) -> None:

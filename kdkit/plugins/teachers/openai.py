@@ -160,14 +160,16 @@ class OpenAITeacher:
     def _all(self, tasks: Sequence[Callable[[], T]]) -> list[T]:
         """Results in order; the first error ends everything that is under way."""
         futures: list[Future[T]] = [self._pool.submit(task) for task in tasks]
+        whole = False
         try:
             for done in as_completed(futures):
                 done.result()
-        except BaseException:
-            self._server.stop()
-            for future in futures:
-                future.cancel()
-            raise
+            whole = True
+        finally:
+            if not whole:
+                self._server.stop()
+                for future in futures:
+                    future.cancel()
         return [future.result() for future in futures]
 
     def _score(self, document: _Document, ability: Ability) -> Table:
