@@ -227,6 +227,59 @@ def report(
     raise typer.Exit(body(run, as_json))
 
 
+@app.command("serve-teacher")
+def serve_teacher(
+    model: Annotated[
+        str, typer.Argument(metavar="[NAME=]MODEL", help="As in generate --model. NAME is what clients call it.")
+    ],
+    *,
+    host: Annotated[str, typer.Option("--host", metavar="ADDRESS", help="Where to listen.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", metavar="N", help="0 takes a free one.")] = 8000,
+    api_key_env: Annotated[
+        str | None,
+        typer.Option("--api-key-env", metavar="VARIABLE", help="Environment variable with the key that clients send."),
+    ] = None,
+    precision: Annotated[
+        Literal["auto", "bf16", "fp32"],
+        typer.Option("--precision", help="Of the weights; auto is bf16 where that is faster."),
+    ] = "auto",
+    batch_size: Annotated[int, typer.Option("--batch-size", metavar="N", help="Prompts computed together.")] = 32,
+    max_top_k: Annotated[int, typer.Option("--max-top-k", metavar="K", help="Log-probabilities per token.")] = 512,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", metavar="N", help="Tokens of a prompt with its answer.")
+    ] = 32768,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", metavar="N", help="Tokens of an answer.")] = 4096,
+    max_requests: Annotated[
+        int, typer.Option("--max-requests", metavar="N", help="Requests under way; others are asked to come again.")
+    ] = 64,
+) -> None:
+    """Serve a model's answers and log-probabilities to recipes on other machines (teacher: {use: openai}).
+
+    The protocol is that of OpenAI's completions with vLLM's prompt_logprobs. Ctrl-C ends it. Listening on other
+    addresses than this machine's own needs a key.
+
+    \b
+    Example:
+      KDKIT_KEY=... kdkit serve-teacher teacher=smollm2-135m-instruct --host 0.0.0.0 --api-key-env KDKIT_KEY
+    """  # noqa: D301 - click keeps the lines of a paragraph that starts with this character
+    from kdkit.cli.serve import ServeRequest
+    from kdkit.cli.serve import serve_teacher as body
+
+    request = ServeRequest(
+        model=model,
+        host=host,
+        port=port,
+        api_key_env=api_key_env,
+        precision=precision,
+        batch_size=batch_size,
+        max_top_k=max_top_k,
+        max_tokens=max_tokens,
+        max_new_tokens=max_new_tokens,
+        max_requests=max_requests,
+    )
+    raise typer.Exit(body(request))
+
+
 @app.command()
 def doctor(*, as_json: Json = False) -> None:
     """Say what this machine offers and what is missing. Needs no network."""

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from kdkit.api import Model, Params, Precision, Ref, TeacherSpec, hookimpl
+from kdkit.api import Model, Params, Precision, Ref, Runtime, TeacherSpec, hookimpl
 
 if TYPE_CHECKING:
     from kdkit.api import BuildContext, Teacher
+
+_VARIABLE: Final = re.compile(r"[A-Z_][A-Z0-9_]{0,63}")
 
 
 class LocalTeacherParams(Params):
@@ -30,6 +34,54 @@ def _local(params: LocalTeacherParams, ctx: BuildContext) -> Teacher:
     return LocalTeacher(params, ctx)
 
 
+class OpenAITeacherParams(Params):
+    """A model behind a server with the OpenAI protocol: vLLM, kdkit serve-teacher, a hosted provider."""
+
+    base_url: str
+    """Where the protocol starts, such as http://127.0.0.1:8000/v1."""
+    model: str = Field(min_length=1, max_length=512)
+    """The model's name on the server."""
+    tokenizer: Ref[Model] | None = None
+    """A model with the teacher's tokenizer, such as the student; log-probabilities need it, answers do not."""
+    top_k: Annotated[int, Field(ge=1, le=512)] | Literal["auto"] = "auto"
+    """Log-probabilities per token; auto takes as many as the server gives, 128 at most."""
+    api_key_env: Annotated[str | None, Runtime()] = None
+    """Name of the environment variable that holds the key; the key itself must not stand in a recipe."""
+    timeout: Annotated[float, Runtime(), Field(gt=0, le=86400)] = 120.0
+    """Seconds that one request may take."""
+    max_retries: Annotated[int, Runtime(), Field(ge=0, le=100)] = 6
+    """Further attempts when there is no connection, no answer in time, HTTP 429 or 5xx."""
+    concurrency: Annotated[int, Runtime(), Field(ge=1, le=256)] = 8
+    """Requests under way at the same time."""
+
+    @field_validator("base_url")
+    @classmethod
+    def _only_an_address(cls, value: str) -> str:
+        try:
+            parts = urlsplit(value)
+            known = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+        except ValueError:
+            known = False
+        if not known or not value.isascii() or not value.isprintable() or " " in value:
+            raise ValueError("is an address such as http://127.0.0.1:8000/v1")
+        if "@" in parts.netloc or parts.query or parts.fragment:
+            raise ValueError("has a user name or a query; a key belongs into the variable that api_key_env names")
+        return value.rstrip("/")
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _only_a_name(cls, value: str | None) -> str | None:
+        if value is not None and not _VARIABLE.fullmatch(value):
+            raise ValueError("is the name of an environment variable in capitals, such as OPENAI_API_KEY, not the key")
+        return value
+
+
+def _openai(params: OpenAITeacherParams, ctx: BuildContext) -> Teacher:
+    from kdkit.plugins.teachers.openai import OpenAITeacher
+
+    return OpenAITeacher(params, ctx)
+
+
 @hookimpl
 def kdkit_teachers() -> Iterator[TeacherSpec[Any]]:
     """The teachers."""
@@ -39,4 +91,12 @@ def kdkit_teachers() -> Iterator[TeacherSpec[Any]]:
         params=LocalTeacherParams,
         build=_local,
         gives=frozenset({"logits", "text"}),
+    )
+    yield TeacherSpec(
+        name="openai",
+        summary="A server with the OpenAI protocol: text, and top-k log-probabilities",
+        params=OpenAITeacherParams,
+        build=_openai,
+        gives=frozenset({"topk", "text"}),
+        extras=("openai",),
     )
