@@ -112,7 +112,7 @@ def small_paper(recipe: Path, tiny: Path, source: Path, tmp_path: Path) -> dict:
     small["stages.eval.sampling.max_new_tokens"] = 4
     for stage in ("teacher", "sft", "kd"):
         small |= {f"stages.{stage}.max_steps": 2, f"stages.{stage}.eval_steps": 1, f"stages.{stage}.max_length": 2048}
-    return {"set": small, "var": var, "out": tmp_path / "runs"}
+    return {"set": small, "var": var, "out": tmp_path / "runs", "inline": True}
 
 
 PAPER = {
@@ -156,7 +156,7 @@ def test_eval_only_scores_four_corpora(tiny, tmp_path):
     for corpus, pattern in EVAL.items():
         (source,) = DATA.glob(f"{pattern}*.jsonl")
         var[corpus] = {**entries[corpus], "source": str(source), "split": "all"}
-    result = kdkit.run(ROOT / "recipes" / "eval_only.yaml", set=small, var=var, out=tmp_path / "runs")
+    result = kdkit.run(ROOT / "recipes" / "eval_only.yaml", set=small, var=var, out=tmp_path / "runs", inline=True)
     assert result.ok, result.error
     assert {key.split("/")[0] for key in result.report["models"]["model"]["metrics"]} == {*EVAL}
     # To repeat the buggy program is a strong answer by word overlap, and a wrong one.
@@ -181,7 +181,7 @@ def test_eval_only_scores_real_files_as_its_header_says(shared_data, tiny, tmp_p
         var[corpus] = {**entry, "source": str(shared_data / SHARED[corpus]), "max_rows": 5}
     small = {"stages.eval.max_prompt_length": 8000, "stages.eval.max_length": 8192}
     small["stages.eval.sampling.max_new_tokens"] = 4
-    result = kdkit.run(ROOT / "recipes" / "eval_only.yaml", set=small, var=var, out=tmp_path / "runs")
+    result = kdkit.run(ROOT / "recipes" / "eval_only.yaml", set=small, var=var, out=tmp_path / "runs", inline=True)
     assert result.ok, result.error
     measured = {tuple(key.split("/")) for key in result.report["models"]["model"]["metrics"]}
     assert {corpus for corpus, _ in measured} == {*EVAL}
