@@ -7,7 +7,7 @@ V vocabulary entries for a dense teacher, and the K kept entries plus one tail b
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import torch
 
@@ -27,6 +27,9 @@ __all__ = [
     "total_variation",
     "upcast",
 ]
+
+_EMPTY: Final = -1e4
+"""Log-probability of a class without mass: its exponential is 0 in every dtype."""
 
 
 def upcast(logits: Tensor) -> Tensor:
@@ -75,10 +78,15 @@ def _with_tail(signal: TopK, student: Tensor, temperature: float) -> tuple[Tenso
     if signal.ids.shape[-1] < student.shape[-1]:
         # A tail below the dtype's resolution is not known to be zero; KL(q || p) would be infinite if it were.
         tail = tail.clamp(min=math.log(torch.finfo(student.dtype).eps))
+    # Empty slots are classes without mass in both models, at a finite value so that mixtures have a gradient. They
+    # repeat the row's most probable id, which leaves the id they happen to hold in the student's tail.
+    empty = kept == -torch.inf
+    best = signal.ids.gather(-1, kept.argmax(dim=-1, keepdim=True))
+    ids = torch.where(empty, best, signal.ids)
     # The student's tail is summed over the real remaining entries: 1 - sum(top-k) would lose it to rounding.
-    rest = torch.logsumexp(student.scatter(-1, signal.ids, -torch.inf), dim=-1)
-    own = student.gather(-1, signal.ids)
-    return _append(kept, tail), _append(own, rest)
+    rest = torch.logsumexp(student.scatter(-1, ids, -torch.inf), dim=-1)
+    own = student.gather(-1, ids).masked_fill(empty, _EMPTY)
+    return _append(kept.masked_fill(empty, _EMPTY), tail), _append(own, rest)
 
 
 def _append(classes: Tensor, tail: Tensor) -> Tensor:

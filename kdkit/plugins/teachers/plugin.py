@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from kdkit.api import Model, Params, Precision, Ref, TeacherSpec, hookimpl
+from kdkit.api import Model, Params, Precision, Ref, SignalCache, TeacherSpec, hookimpl
 
 if TYPE_CHECKING:
     from kdkit.api import BuildContext, Teacher
@@ -24,10 +24,25 @@ class LocalTeacherParams(Params):
     """Prompts decoded together when it writes answers; in bf16 the rounding, and so an answer, can depend on it."""
 
 
+class CacheTeacherParams(Params):
+    """What a teacher said about the rows, from disk: training needs no teacher in memory."""
+
+    cache: Ref[SignalCache]
+    """Output of a cache-teacher stage. Losses take its temperature, and rows must be the very same tokens."""
+    model: Ref[Model] | None = None
+    """Refuse a cache that was not taken from this model."""
+
+
 def _local(params: LocalTeacherParams, ctx: BuildContext) -> Teacher:
     from kdkit.plugins.teachers.local import LocalTeacher
 
     return LocalTeacher(params, ctx)
+
+
+def _cache(params: CacheTeacherParams, ctx: BuildContext) -> Teacher:
+    from kdkit.plugins.teachers.cache import CacheTeacher
+
+    return CacheTeacher(params, ctx)
 
 
 @hookimpl
@@ -39,4 +54,11 @@ def kdkit_teachers() -> Iterator[TeacherSpec[Any]]:
         params=LocalTeacherParams,
         build=_local,
         gives=frozenset({"logits", "text"}),
+    )
+    yield TeacherSpec(
+        name="cache",
+        summary="What a cache-teacher stage wrote to disk: top-k with a tail, no model in memory",
+        params=CacheTeacherParams,
+        build=_cache,
+        gives=frozenset({"topk"}),
     )
