@@ -61,7 +61,7 @@ class CacheTeacher:
         check_student(self._reader.description, vocabulary, tokenizer, str(self._path))
         missing = [row for row in rows if self._reader.find(row_hash(row.ids, row.learned)) is None]
         if missing:
-            raise self._unknown(missing[0].id, f"{len(missing)} of {len(rows)} rows are not in the teacher cache: ")
+            raise self._unknown(missing[0].id, f"{len(missing)} of {len(rows)} rows have no signals; the first: ")
 
     def signals(self, batch: TokenBatch, /) -> _KeptSignals:
         """The rows of the batch, found by their tokens.

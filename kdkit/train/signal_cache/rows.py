@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from numpy.typing import NDArray
 
     from kdkit.api import TokenBatch
 
@@ -25,7 +27,7 @@ class Row:
     tokens: int
 
 
-def row_hash(ids: Sequence[int], learned: Sequence[bool]) -> bytes:
+def row_hash(ids: Sequence[int] | NDArray[Any], learned: Sequence[bool] | NDArray[Any]) -> bytes:
     """16 bytes for (token ids, which of them are learned); the first token is never learned."""
     marks = np.array(learned, dtype=bool)
     marks[:1] = False
@@ -51,7 +53,7 @@ def rows_of(batch: TokenBatch) -> list[Row]:
     for name, (row, span) in zip(names, spans, strict=True):
         marks = learned[row, span]
         if marks.any():
-            found.append(Row(name, row_hash(ids[row, span].tolist(), marks.tolist()), int(marks[1:].sum())))
+            found.append(Row(name, row_hash(ids[row, span], marks), int(marks[1:].sum())))
     return found
 
 

@@ -26,7 +26,7 @@ class Rule:
     """How many ids of a token are kept: the most probable ones, at least one, until any of three limits.
 
     Attributes:
-        mass: Stop once they have this much probability.
+        mass: Stop once they have this much probability; 1 never stops.
         min_probability: Leave out ids below it.
         max_k: Keep at most this many.
         temperature: The softmax temperature of all probabilities.
@@ -54,8 +54,9 @@ class Rule:
         probs = logprobs.exp()
         inside = probs.cumsum(dim=-1)
         floor = max(self.min_probability, lowest_probability(self.bits))
-        wanted = torch.minimum((inside < self.mass).sum(-1) + 1, (probs >= floor).sum(-1))
-        k = wanted.clamp(1, ids.shape[-1])
+        # Rounding may bring the sum to 1 before the last id.
+        short = inside < self.mass if self.mass < 1 else torch.ones_like(inside, dtype=torch.bool)
+        k = torch.minimum(short.sum(-1) + 1, (probs >= floor).sum(-1)).clamp(1, ids.shape[-1])
         kept = torch.arange(ids.shape[-1], device=ids.device) < k[:, None]
         tail = (1 - inside.gather(-1, k[:, None] - 1)[:, 0]).clamp(min=0)
         tail = torch.where(k == self.vocabulary, torch.zeros_like(tail), tail)
