@@ -3,7 +3,7 @@
 Importing this package loads neither torch nor transformers, datasets or accelerate.
 """
 
-from kdkit.api.artifacts import Artifact, Dataset, Model, ReportFiles, Scores
+from kdkit.api.artifacts import Artifact, Dataset, Model, ReportFiles, Scores, SignalCache
 from kdkit.api.data import (
     AlignedLossInputs,
     Completion,
@@ -50,6 +50,7 @@ from kdkit.api.protocols import (
     Reward,
     RolloutEngine,
     RolloutModel,
+    RowTeacher,
     RunInfo,
     Sandbox,
     SandboxJob,
@@ -128,6 +129,7 @@ __all__ = [
     "RolloutEngine",
     "RolloutModel",
     "RolloutSpec",
+    "RowTeacher",
     "Rows",
     "RunFinished",
     "RunInfo",
@@ -141,6 +143,7 @@ __all__ = [
     "SandboxSession",
     "SandboxSpec",
     "Scores",
+    "SignalCache",
     "Spec",
     "StageContext",
     "StageError",

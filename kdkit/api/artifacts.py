@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Final, Literal, TypeAlias
 
 from kdkit.api.errors import StageError
 
-__all__ = ["ARTIFACT_TYPES", "Artifact", "Dataset", "KeepLayers", "Model", "ReportFiles", "Scores"]
+__all__ = ["ARTIFACT_TYPES", "Artifact", "Dataset", "KeepLayers", "Model", "ReportFiles", "Scores", "SignalCache"]
 
 KeepLayers: TypeAlias = int | str | tuple[int, ...]
 """Which decoder layers a depth-pruned copy keeps: a count, ``"every-2nd"``, or explicit indices from 0."""
@@ -76,8 +76,15 @@ class ReportFiles(Artifact):
     type_name: ClassVar[str] = "report"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SignalCache(Artifact):
+    """A directory with a teacher's most probable tokens for every learned token of some rows."""
+
+    type_name: ClassVar[str] = "cache"
+
+
 ARTIFACT_TYPES: Final[Mapping[str, type[Artifact]]] = {
-    cls.type_name: cls for cls in (Model, Dataset, Scores, ReportFiles)
+    cls.type_name: cls for cls in (Model, Dataset, Scores, ReportFiles, SignalCache)
 }
 
 

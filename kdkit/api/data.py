@@ -188,7 +188,8 @@ class TopK:
 
     Attributes:
         ids: [N, K] int64.
-        logprobs: [N, K] true log-probabilities at ``temperature`` (they sum to less than one).
+        logprobs: [N, K] true log-probabilities at ``temperature`` (they sum to less than one). Rows with fewer than K
+            tokens have -inf in the slots that are left, at any place and with any id.
         tail_mass: [N] probability outside the K tokens; computed from ``logprobs`` when None.
         temperature: The temperature the log-probabilities were taken at; a loss with another one refuses the signal.
     """

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 from kdkit.api.artifacts import Artifact
 
@@ -161,6 +161,23 @@ class Teacher(Protocol):
 
     def close(self) -> None:
         """Release memory and connections; may be called twice."""
+
+
+@runtime_checkable
+class RowTeacher(Protocol):
+    """A teacher that knows only certain rows, such as a cache: it is asked about all of them before training starts."""
+
+    def check(self, vocabulary: Any, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Any], /) -> None:
+        """Refuse what it cannot serve.
+
+        Args:
+            vocabulary: The student's ``kdkit.models.load.Vocabulary``.
+            tokenizer: The student's tokenizer, with its chat template.
+            rows: Every row of training and evaluation, each a ``kdkit.models.chat.Encoded``.
+
+        Raises:
+            KdkitError: One line that says what does not fit.
+        """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

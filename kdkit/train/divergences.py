@@ -7,7 +7,7 @@ V vocabulary entries for a dense teacher, and the K kept entries plus one tail b
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import torch
 
@@ -27,6 +27,9 @@ __all__ = [
     "total_variation",
     "upcast",
 ]
+
+_EMPTY: Final = -1e4
+"""Log-probability of a class without mass: its exponential is 0 in every dtype."""
 
 
 def upcast(logits: Tensor) -> Tensor:
@@ -74,26 +77,31 @@ def _with_tail(signal: TopK, student: Tensor, temperature: float) -> tuple[Tenso
                 hint="take the teacher's top-k over the entries that both models have",
             )
     kept = signal.logprobs.detach().to(student.dtype)
-    tail = _log_tail(signal, kept, whole=signal.ids.shape[-1] == student.shape[-1])
+    # Empty slots are classes without mass in both models, at a finite value so that mixtures have a gradient. They
+    # repeat the row's most probable id, which leaves the id they happen to hold in the student's tail.
+    empty = kept == -torch.inf
+    best = signal.ids.gather(-1, kept.argmax(dim=-1, keepdim=True))
+    ids = torch.where(empty, best, signal.ids)
+    tail = _log_tail(signal, kept, whole=(~empty).sum(dim=-1) == student.shape[-1])
     # The student's tail is summed over the real remaining entries: 1 - sum(top-k) would lose it to rounding.
-    rest = torch.logsumexp(student.scatter(-1, signal.ids, -torch.inf), dim=-1)
-    own = student.gather(-1, signal.ids)
-    return _append(kept, tail), _append(own, rest)
+    rest = torch.logsumexp(student.scatter(-1, ids, -torch.inf), dim=-1)
+    own = student.gather(-1, ids).masked_fill(empty, _EMPTY)
+    return _append(kept.masked_fill(empty, _EMPTY), tail), _append(own, rest)
 
 
-def _log_tail(signal: TopK, kept: Tensor, *, whole: bool) -> Tensor:
-    """Log of the teacher's mass outside the kept entries, [N]; -inf when these are the whole vocabulary.
+def _log_tail(signal: TopK, kept: Tensor, *, whole: Tensor) -> Tensor:
+    """Log of the teacher's mass outside the kept entries, [N]; -inf where these are the ``whole`` vocabulary.
 
     A tail below the dtype's resolution is not known to be zero: KL(q || p) would be infinite if it were. A mass that
     the signal states is taken at its word, unless it is zero, or less by rounding.
     """
-    if whole:
-        return torch.full_like(kept[..., 0], -torch.inf)
     least = math.log(torch.finfo(kept.dtype).eps)
     if signal.tail_mass is None:
-        return _log_rest(kept).clamp(min=least)
-    given = signal.tail_mass.detach().to(kept.dtype)
-    return torch.where(given > 0, given.clamp_min(torch.finfo(kept.dtype).tiny).log(), least)
+        tail = _log_rest(kept).clamp(min=least)
+    else:
+        given = signal.tail_mass.detach().to(kept.dtype)
+        tail = torch.where(given > 0, given.clamp_min(torch.finfo(kept.dtype).tiny).log(), least)
+    return tail.masked_fill(whole, -torch.inf)
 
 
 def _append(classes: Tensor, tail: Tensor) -> Tensor:

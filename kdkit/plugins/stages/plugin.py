@@ -24,6 +24,7 @@ from kdkit.api import (
     hookimpl,
 )
 from kdkit.api.protocols import DatasetLoader, Loss, Metric, Reward, RolloutEngine, StageOutputs, Teacher
+from kdkit.plugins.stages.caching_plugin import CACHE_TEACHER
 from kdkit.plugins.stages.checks import check_distill, check_evaluate, check_generate, check_sft
 from kdkit.train.params import TrainParams
 
@@ -191,6 +192,7 @@ def kdkit_stages() -> Iterator[StageSpec[Any]]:
         check=check_generate,
         version=2,
     )
+    yield CACHE_TEACHER
     yield StageSpec(
         name="evaluate",
         summary="Score models on the same prompts with the same decoding",

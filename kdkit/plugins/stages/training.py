@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 
 from kdkit.api.artifacts import Model
 from kdkit.api.errors import StageError
+from kdkit.api.protocols import RowTeacher
 from kdkit.models.card import ModelCard, render_card
 from kdkit.models.chat import ChatEncoder
 from kdkit.models.heads import verify_split
@@ -78,9 +79,9 @@ def _load(ref: Any, ctx: StageContext) -> _Student:
 def _train(
     params: TrainParams, ctx: StageContext, student: _Student, *, teacher: Teacher | None, method: str
 ) -> StageOutputs:
-    shared = None
+    shared, own = None, vocabulary(student.tokenizer, student.model)
     if teacher is not None:
-        shared = check_same_vocabulary(vocabulary(student.tokenizer, student.model), teacher.vocabulary)
+        shared = check_same_vocabulary(own, teacher.vocabulary)
     encoder = ChatEncoder(student.tokenizer)
     precision = ctx.precision(params.precision)
     compute = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -93,6 +94,8 @@ def _train(
         signals=teacher.signals if teacher is not None else None,
         on_policy=_on_policy(params, ctx, student, encoder, shared, compute),
     )
+    if isinstance(teacher, RowTeacher):
+        teacher.check(own, student.tokenizer, [row for rows in (*task.data, task.held_out) for row in rows])
     # Before the work: what cannot be saved afterwards must not be found out afterwards.
     _stop_where_trained(student.model, encoder)
     result = train(task, params, ctx, compute=compute)

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
 
-from kdkit.api import Model, Params, Precision, Ref, Runtime, TeacherSpec, hookimpl
+from kdkit.api import Model, Params, Precision, Ref, Runtime, SignalCache, TeacherSpec, hookimpl
 
 if TYPE_CHECKING:
     from kdkit.api import BuildContext, Teacher
@@ -82,6 +82,21 @@ def _openai(params: OpenAITeacherParams, ctx: BuildContext) -> Teacher:
     return OpenAITeacher(params, ctx)
 
 
+class CacheTeacherParams(Params):
+    """What a teacher said about the rows, from disk: training needs no teacher in memory."""
+
+    cache: Ref[SignalCache]
+    """Output of a cache-teacher stage. Losses take its temperature, and rows must be the very same tokens."""
+    model: Ref[Model] | None = None
+    """Refuse a cache that was not taken from this model."""
+
+
+def _cache(params: CacheTeacherParams, ctx: BuildContext) -> Teacher:
+    from kdkit.plugins.teachers.cache import CacheTeacher
+
+    return CacheTeacher(params, ctx)
+
+
 @hookimpl
 def kdkit_teachers() -> Iterator[TeacherSpec[Any]]:
     """The teachers."""
@@ -99,4 +114,12 @@ def kdkit_teachers() -> Iterator[TeacherSpec[Any]]:
         build=_openai,
         gives=frozenset({"topk", "text"}),
         extras=("openai",),
+    )
+    yield TeacherSpec(
+        name="cache",
+        summary="What a cache-teacher stage wrote to disk: top-k with a tail, no model in memory",
+        params=CacheTeacherParams,
+        build=_cache,
+        gives=frozenset({"topk"}),
+        fixed_rows=True,
     )
