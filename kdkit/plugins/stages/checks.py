@@ -30,9 +30,9 @@ def _check_losses(losses: list[Weighted[Loss]], gives: frozenset[str]) -> Proble
     for index, loss in enumerate(losses):
         spec: Any = loss.found.spec
         where = ("losses", index, "use")
-        if spec.loss_kind != "token":
+        if spec.loss_kind not in {"token", "aligned"}:
             problems.append((where, f"'{loss.name}' is a {spec.loss_kind} loss; this stage takes token losses"))
-        elif spec.needs and not gives:
+        elif (spec.needs or spec.loss_kind == "aligned") and not gives:
             problems.append((where, f"'{loss.name}' needs a teacher; use a distill stage"))
         elif spec.needs and not spec.needs & gives:
             wants, has = " or ".join(sorted(spec.needs)), ", ".join(sorted(gives))
@@ -57,7 +57,16 @@ def check_distill(params: DistillParams) -> Problems:
     problems = _check_losses(params.losses, spec.gives)
     if not any(loss.found.spec.needs for loss in params.losses if hasattr(loss.found.spec, "needs")):
         problems.append((("losses",), "no loss uses the teacher; add one, such as forward-kl, or use an sft stage"))
-    return problems
+    return [*problems, *_mixed_kinds(params.losses)]
+
+
+def _mixed_kinds(losses: list[Weighted[Loss]]) -> Iterator[Problem]:
+    """A teacher is read in the student's tokens or in its own, not in both."""
+    aligned = [loss.name for loss in losses if _spec(loss).loss_kind == "aligned"]
+    for index, loss in enumerate(losses):
+        if aligned and _spec(loss).loss_kind == "token" and _spec(loss).needs:
+            why = f"'{loss.name}' needs a teacher of the student's tokens, '{aligned[0]}' reads it in its own"
+            yield ("losses", index, "use"), f"{why}; use one of them, with cross-entropy if you like"
 
 
 def check_generate(params: GenerateParams) -> Problems:
