@@ -169,9 +169,13 @@ def _untrimmed(offsets: Sequence[tuple[int, int]], pieces: Sequence[str], size: 
         size: Characters of the text.
     """
     nexts = [*(start for start, _ in offsets[1:]), size]
-    for (start, stop), piece, following in zip(offsets, pieces, nexts, strict=False):
-        spaces = len(piece) - len(piece.rstrip(_SPACES)) if stop > start else 0
-        yield start, stop + max(0, min(following - stop, spaces))
+    for index, ((start, stop), piece, following) in enumerate(zip(offsets, pieces, nexts, strict=False)):
+        spaces = len(piece) - len(piece.rstrip(_SPACES))
+        if stop > start:
+            yield start, stop + max(0, min(following - stop, spaces))
+        else:
+            # Nothing but spaces: its start was moved to its end. Only the first token's end may be short of that.
+            yield start, max(stop, min(following, spaces)) if index == 0 else stop
 
 
 def _cuts(spans: Sequence[tuple[int, int]], answer: _Answer) -> list[int]:
