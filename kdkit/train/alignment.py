@@ -66,11 +66,11 @@ def align(student: CutRow, teacher: CutRow) -> AlignedRow:
 
 
 def _members(cuts: Sequence[int], shared: Sequence[int]) -> list[int]:
-    """The place in ``shared`` of the first common cut at or after every token, or ``NO_GROUP``."""
+    """The place in ``shared`` of the first common cut at or after every token; ``len(shared)`` after the last."""
     places = {cut: index for index, cut in enumerate(shared)}
     members, group = [], 0
     for cut in cuts:
-        members.append(NO_GROUP if cut == OUTSIDE or group == len(shared) else group)
+        members.append(NO_GROUP if cut == OUTSIDE else group)
         group = places.get(cut, group - 1) + 1
     return members
 

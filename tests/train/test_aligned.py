@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest_train import FakeContext
+from test_loop import params
 from test_objective import ShapeSpy, Teacher, assert_same
 
 from kdkit.api import AlignedLossInputs, ConformanceError, Example, Message, TopK
@@ -12,6 +14,7 @@ from kdkit.testing.tiny import tiny_model, tiny_piece_tokenizer, tiny_tokenizer
 from kdkit.train.aligned import AlignedSignals, aligned_batch
 from kdkit.train.alignment import NO_GROUP, AlignedRow, align
 from kdkit.train.batching import collate, micro_batches
+from kdkit.train.loop import Task, train
 from kdkit.train.objective import CausalObjective, LossTerm
 from kdkit.train.packing import pack
 
@@ -339,3 +342,28 @@ def test_a_block_of_a_wide_pair_is_smaller():
                     for v in (259, 262_144))  # fmt: skip
     assert narrow._block == block_tokens(518)
     assert wide._block == block_tokens(262_144 + 259)
+
+
+@pytest.mark.parametrize("size", [1, 7])
+def test_the_loop_divides_groups_and_tokens_by_those_of_the_step(aligned, tmp_path, monkeypatch, size):
+    scales = []
+    forward = CausalObjective.forward
+
+    def spy(self, batch, signals, *scale):
+        scales.append(scale)
+        return forward(self, batch, signals, *scale)
+
+    monkeypatch.setattr(CausalObjective, "forward", spy)
+    model, teacher = models()
+    wanted = [reference(model, teacher, aligned, weights=w)[0] for w in ((1.0, 0.0), (0.0, 1.0))]
+    ctx, terms = FakeContext(tmp_path), (uld(0.7), LossTerm("cross-entropy", 0.3, cross_entropy))
+    task = Task(model, terms, [aligned], [1.0], held_out=aligned, signals=Teacher(teacher))
+    split = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 7 // size}
+    train(task, params(max_steps=1, learning_rate=1e-15, **split), ctx, compute=torch.float64)
+    tokens, groups = sum(r.targets for r in aligned), sum(r.groups for r in aligned)
+    assert set(scales) == {(1 / tokens, 1 / groups), (1.0, 1.0)}
+    logged = {key: value for _, values in ctx.values for key, value in values.items()}
+    for part in ("train", "eval"):
+        found = [logged[f"{part}/{name}"] for name in ("uld", "cross-entropy")]
+        assert found == pytest.approx(wanted, rel=1e-5)
+        assert logged[f"{part}/loss"] == pytest.approx(0.7 * wanted[0] + 0.3 * wanted[1], rel=1e-5)

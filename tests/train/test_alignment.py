@@ -6,12 +6,16 @@ from hypothesis import strategies as st
 from other_tokenizers import byte_level, normalising
 
 from kdkit.api import DataError, Example, Message, ModelError
+from kdkit.models import cuts
+from kdkit.models.catalogue import models_dir
 from kdkit.models.chat import ChatEncoder
 from kdkit.models.cuts import NO_CUT, OUTSIDE, CutEncoder, CutRow
 from kdkit.testing.tiny import CHAT_TEMPLATE, tiny_piece_tokenizer, tiny_tokenizer
 from kdkit.train import alignment
 from kdkit.train.alignment import NO_GROUP, AlignedRow, align, encode_aligned, group_count
 
+# Before any fixture moves the caches away.
+REAL_MODELS = models_dir()
 UNTRIMMED = (
     "{{ bos_token }}{% for m in messages %}{{ '<start_of_turn>' + m['role'] + '\\n' }}"
     "{{ m['content'] + '<end_of_turn>\\n' }}{% endfor %}"
@@ -128,14 +132,14 @@ def test_the_row_is_the_one_that_training_sees(name, text, prompt):
         return
     assert found.row == ChatEncoder(encoder.tokenizer).training(example(text, prompt))
     assert len(found.cuts) == found.row.targets
-    cuts = [cut for cut in found.cuts if cut >= 0]
-    assert cuts == sorted(set(cuts))
-    assert cuts[-1] == len(text) + 1
+    made = [cut for cut in found.cuts if cut >= 0]
+    assert made == sorted(set(made))
+    assert made[-1] == len(text) + 1
 
 
 def test_the_pieces_of_one_character_stay_together():
-    cuts = ENCODERS["bytes"].cut_row(example("a😀b", "Q: ")).cuts
-    assert cuts == (1, NO_CUT, NO_CUT, NO_CUT, 2, 3, 4)
+    made = ENCODERS["bytes"].cut_row(example("a😀b", "Q: ")).cuts
+    assert made == (1, NO_CUT, NO_CUT, NO_CUT, 2, 3, 4)
 
 
 def test_a_space_at_the_end_of_a_token_counts_even_where_offsets_leave_it_out():
@@ -144,6 +148,11 @@ def test_a_space_at_the_end_of_a_token_counts_even_where_offsets_leave_it_out():
         row = encoder.cut_row(example("foo foo ", "Q: "))
         assert encoder.tokenizer.convert_ids_to_tokens(learned(row.row))[:2] == ["fooĠ", "fooĠ"]
         assert row.cuts == (4, 8, 9)
+
+
+def test_a_token_that_covers_nothing_belongs_to_the_one_before():
+    answer = cuts._Answer("ab", 0, 2, 0, 2)
+    assert cuts._cuts([(0, 1), (1, 1), (1, 2), (2, 3)], answer) == [NO_CUT, 1, 2, 3]
 
 
 def test_letters_of_one_ligature_stay_together():
@@ -184,6 +193,8 @@ def test_all_answers_of_a_conversation_are_aligned():
     ours, theirs = ("".join(texts(e, learned(r), g, row.groups)) for e, r, g in
                     ((student, row, row.student_groups), (teacher, row.teacher, row.teacher_groups)))  # fmt: skip
     assert ours == theirs == "It isthe end"
+    made = [cut for cut in student.cut_row(example("the end", turns, every_turn=True)).cuts if cut >= 0]
+    assert made == list(range(1, 15))
     assert NO_GROUP not in row.student_groups
 
 
@@ -257,3 +268,17 @@ def test_what_cannot_be_aligned_is_refused():
 def test_a_cut_row_is_cut_with_its_cuts():
     row = ENCODERS["bytes"].cut_row(example("abc", "Q"))
     assert row.cut(3) == CutRow(row.row.cut(3), (1, 2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", [text for text in TEXTS if plain(text)])
+@pytest.mark.parametrize("other", list(ENCODERS))
+def test_a_real_tokenizer_is_aligned_with_others(other, text):
+    from transformers import AutoTokenizer
+
+    path = REAL_MODELS / "smollm2-135m-instruct"
+    if not path.is_dir():
+        pytest.skip("run: kdkit models pull smollm2-135m-instruct")
+    encoder = CutEncoder(AutoTokenizer.from_pretrained(path))
+    check_partition(encoder, ENCODERS[other], text, "### Answer:\n")
+    check_partition(ENCODERS[other], encoder, text, "### Answer:\n")
