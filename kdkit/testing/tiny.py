@@ -72,7 +72,7 @@ def tiny_piece_tokenizer(*, chat_template: str | None = _TURNS_TEMPLATE) -> PreT
     from tokenizers.models import BPE
     from transformers import PreTrainedTokenizerFast
 
-    merges = [tuple(pair.split(" ")) for pair in _MERGES]
+    merges = [(left, right) for left, _, right in (pair.partition(" ") for pair in _MERGES)]
     special = ["<bos>", "<start_of_turn>", "<end_of_turn>"]
     characters = ["▁", "\n", *(chr(code) for code in range(33, 127))]
     parts = (token for pair in merges for token in (*pair, "".join(pair)))
