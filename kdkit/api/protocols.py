@@ -146,7 +146,9 @@ class TeacherSignals(Protocol):
 class Teacher(Protocol):
     """A model to learn from. What it can give is declared in ``TeacherSpec.gives``.
 
-    ``vocabulary`` identifies the token ids its signals are about (a ``kdkit.models.load.Vocabulary``).
+    ``vocabulary`` identifies the token ids its signals are about (a ``kdkit.models.load.Vocabulary``). A teacher that
+    also has ``tokenizer`` (a ``PreTrainedTokenizerBase``) serves aligned losses: ``signals`` then sees batches of its
+    own tokens, whatever the student's are.
     """
 
     @property

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import torch
 from accelerate import Accelerator
@@ -16,6 +16,8 @@ from accelerate.utils import GradientAccumulationPlugin
 from kdkit.api.data import TokenBatch
 from kdkit.api.errors import StageError, Stopped
 from kdkit.train import checkpoint
+from kdkit.train.aligned import AlignedSignals, aligned_batch
+from kdkit.train.alignment import AlignedRow, group_count
 from kdkit.train.batching import DataOrder, collate, micro_batches
 from kdkit.train.checkpoint import Progress
 from kdkit.train.objective import CausalObjective, LossTerm
@@ -43,10 +45,11 @@ class Task:
 
     Attributes:
         model: The student, float32 master weights.
-        terms: Weighted token losses.
-        data: Encoded rows of each training dataset, with ``weights``.
+        terms: Weighted losses.
+        data: Encoded rows of each training dataset, with ``weights``; with an aligned loss all are ``AlignedRow``.
         held_out: Rows for evaluation during training.
-        signals: The teacher's view of a batch, when a loss needs it.
+        signals: The teacher's view of a batch, when a loss needs it: a batch of the student's tokens, or with an
+            aligned loss of the teacher's own.
         on_policy: Replaces answers of the data by the student's own; evaluation keeps to the data.
     """
 
@@ -76,6 +79,7 @@ class _Window:
 
     sums: Tensor
     tokens: int = 0
+    groups: int = 0
     positions: int = 0
     started: float = field(default_factory=time.monotonic)
 
@@ -147,7 +151,7 @@ class _Training:
     def _step(self) -> None:
         """One optimiser step. Its gradient is that of one batch, however it is cut into micro-batches and ranks."""
         rows = self._rows(self.progress.step)
-        tokens = self._all_ranks(sum(row.targets for row in rows))
+        tokens, groups = self._all_ranks(sum(row.targets for row in rows)), self._all_ranks(group_count(rows))
         rate = learning_rate(self.progress.step, self.progress.total_steps, self.params)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -155,19 +159,27 @@ class _Training:
         sums = torch.zeros_like(self.window.sums)
         batches = list(micro_batches(rows, self.params.per_device_train_batch_size))
         for index, part in enumerate(batches):
-            batch = self._batch(part)
-            signals = self.task.signals(batch) if self.task.signals else None
+            batch, signals = self._inputs(part)
             with nullcontext() if index == len(batches) - 1 else self.accelerator.no_sync(self.objective):
-                measured = self.objective(batch, signals, self.world / max(tokens, 1))
+                measured = self.objective(batch, signals, self.world / max(tokens, 1), self.world / max(groups, 1))
                 self.accelerator.backward(measured.loss)
             sums += measured.sums
         norm = self.accelerator.clip_grad_norm_(self.objective.parameters(), self.params.max_grad_norm)
         if self._apply(norm, rows):
             self.window.sums += sums
             self.window.tokens += tokens
+            self.window.groups += groups
             self.progress.tokens += tokens
         self.window.positions += self._all_ranks(sum(len(row.ids) for row in rows))
         self.progress.step += 1
+
+    def _inputs(self, part: Sequence[Encoded]) -> tuple[TokenBatch, TeacherSignals | AlignedSignals | None]:
+        """The student's batch, and the teacher's view of it or of the same text."""
+        signals = self.task.signals
+        if signals is not None and any(term.kind == "aligned" for term in self.task.terms):
+            return aligned_batch(cast("Sequence[AlignedRow]", part), self._batch, signals)
+        batch = self._batch(part)
+        return batch, None if signals is None else signals(batch)
 
     def _batch(self, part: Sequence[Encoded]) -> TokenBatch:
         device = self.accelerator.device
@@ -204,7 +216,7 @@ class _Training:
 
     def _log(self) -> None:
         seconds = max(time.monotonic() - self.window.started, 1e-9)
-        values = self._means(self.window.sums, self.window.tokens)
+        values = self._means(self.window.sums, self.window.tokens, self.window.groups)
         speed = self.window.positions / seconds
         if self.task.on_policy is not None:
             values |= self.task.on_policy.metrics(self._all_ranks)
@@ -218,10 +230,11 @@ class _Training:
         self.ctx.progress(step, total, loss=values["loss"], tokens_per_s=speed)
         self.window = self._new_window()
 
-    def _means(self, sums: Tensor, tokens: int) -> dict[str, float]:
-        """Per-token means of every loss and their weighted sum, over all ranks."""
+    def _means(self, sums: Tensor, tokens: int, groups: int) -> dict[str, float]:
+        """Means of every loss over its tokens or groups, and their weighted sum, over all ranks."""
         total = self.accelerator.reduce(sums.clone(), "sum")
-        means = [float(v) / max(tokens, 1) for v in total]
+        counts = [groups if term.kind == "aligned" else tokens for term in self.task.terms]
+        means = [float(v) / max(count, 1) for v, count in zip(total, counts, strict=True)]
         named = {term.name: mean for term, mean in zip(self.task.terms, means, strict=True)}
         return {"loss": sum(t.weight * m for t, m in zip(self.task.terms, means, strict=True)), **named}
 
@@ -238,13 +251,12 @@ class _Training:
     def _evaluate(self) -> dict[str, float]:
         self.objective.eval()
         rows = self.task.held_out[self.accelerator.process_index :: self.world]
-        sums, tokens = self._new_window().sums, 0
+        sums, tokens, groups = self._new_window().sums, 0, 0
         for part in micro_batches(rows, self.params.per_device_train_batch_size):
-            batch = self._batch(part)
-            measured = self.objective(batch, self.task.signals(batch) if self.task.signals else None, 1.0)
+            measured = self.objective(*self._inputs(part), 1.0, 1.0)
             sums += measured.sums
-            tokens += measured.tokens
-        values = self._means(sums, self._all_ranks(tokens))
+            tokens, groups = tokens + measured.tokens, groups + measured.groups
+        values = self._means(sums, self._all_ranks(tokens), self._all_ranks(groups))
         self.ctx.metrics({f"eval/{k}": v for k, v in values.items()}, step=self.progress.step)
         return values
 

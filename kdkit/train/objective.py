@@ -7,9 +7,9 @@ gradient hooks of DDP like every other parameter.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from torch import nn
 from kdkit.api.data import Dense, TokenBatch, TokenLossInputs
 from kdkit.api.errors import ConformanceError, ModelError
 from kdkit.models.heads import split
+from kdkit.train.aligned import AlignedSignals, Span
 from kdkit.train.divergences import upcast
 from kdkit.train.packing import isolates, unpack
 
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from kdkit.api import TeacherSignals, TokenLoss
+    from kdkit.api import TeacherSignals
+    from kdkit.api.data import TeacherSignal
+    from kdkit.api.protocols import Loss
 
 __all__ = ["CausalObjective", "LossTerm", "Measured", "block_tokens", "valid_hidden"]
 
@@ -37,12 +40,17 @@ _COPIES: Final = 16
 
 @dataclass(frozen=True, slots=True)
 class LossTerm:
-    """A weighted token loss. ``vocabulary``: compare only this many leading entries with the teacher's."""
+    """A weighted loss: of tokens, or of groups of tokens aligned with those of a teacher with another tokenizer.
+
+    ``vocabulary``: a token loss compares only this many leading entries with the teacher's; for an aligned loss it is
+    how many entries the teacher has, which the memory of a block depends on.
+    """
 
     name: str
     weight: float
-    loss: TokenLoss
+    loss: Loss
     vocabulary: int | None = None
+    kind: Literal["token", "aligned"] = "token"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +59,15 @@ class Measured:
 
     Attributes:
         loss: Scalar to call backward on: ``scale`` times the weighted sum over valid tokens.
-        sums: [number of losses] detached sums over valid tokens, unweighted and unscaled.
+        sums: [number of losses] detached sums over valid tokens, or over groups, unweighted and unscaled.
         tokens: Number of valid tokens.
+        groups: Number of aligned groups.
     """
 
     loss: Tensor
     sums: Tensor
     tokens: int
+    groups: int = 0
 
 
 def block_tokens(vocabulary: int) -> int:
@@ -82,7 +92,7 @@ class CausalObjective(nn.Module):
 
     Args:
         model: A causal language model whose output head is a plain linear layer.
-        terms: The weighted token losses.
+        terms: The weighted losses.
         compute: Dtype of matrix products; None computes in the parameters' own dtype (reference tests).
         block: Tokens per block; chosen from the vocabulary by default.
 
@@ -111,7 +121,8 @@ class CausalObjective(nn.Module):
             )
         self._compute = compute
         self._isolates: bool | None = None
-        self._block = block or block_tokens(head.weight.shape[0])
+        others = sum(term.vocabulary or 0 for term in self.terms if term.kind == "aligned")
+        self._block = block or block_tokens(head.weight.shape[0] + others)
 
     def isolates(self) -> bool:
         """Whether the trunk keeps rows apart that lie end to end, measured once: on its device, in its precision."""
@@ -121,14 +132,21 @@ class CausalObjective(nn.Module):
                 self._isolates = isolates(self._parts.trunk)
         return self._isolates
 
-    def forward(self, batch: TokenBatch, signals: TeacherSignals | None, scale: float) -> Measured:
-        """Weighted loss sum over the batch's valid tokens, times ``scale``.
+    def forward(
+        self,
+        batch: TokenBatch,
+        signals: TeacherSignals | AlignedSignals | None,
+        scale: float,
+        group_scale: float = 0.0,
+    ) -> Measured:
+        """Weighted loss sum over the batch's valid tokens times ``scale``, and over its groups times ``group_scale``.
 
         Args:
             batch: Token ids and masks of the micro-batch; rows laid end to end are padded for a model that would see
                 across them.
-            signals: The teacher's view of the same valid tokens, when a loss needs one.
+            signals: The teacher's view of the same valid tokens, or of the same text, when a loss needs one.
             scale: 1 / (valid tokens of the whole optimiser step), times the world size under DDP.
+            group_scale: 1 / (aligned groups of the whole optimiser step), times the world size under DDP.
         """
         if batch.attention_mask is None and not self.isolates():
             batch = unpack(batch)
@@ -137,10 +155,12 @@ class CausalObjective(nn.Module):
             hidden = valid_hidden(self._parts.trunk, batch)
         labels = batch.input_ids[:, 1:][batch.labels_mask[:, 1:]]
         head = self._parts.head
-        block = _Block(self.terms, labels, signals, self._parts.transform)
+        ratios = tuple(group_scale / scale if term.kind == "aligned" else 1.0 for term in self.terms)
+        block = _Block(self.terms, ratios, labels, signals, self._parts.transform)
         work = _Work(block, self._block, self._compute, torch.is_grad_enabled())
         loss, sums = _BlockedLoss.apply(hidden, head.weight, head.bias, work)
-        return Measured(loss * scale, sums, int(labels.shape[0]))
+        groups = signals.groups if isinstance(signals, AlignedSignals) else 0
+        return Measured(loss * scale, sums, int(labels.shape[0]), groups)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,28 +168,59 @@ class _Block:
     """The losses of one block as a function of its raw projection."""
 
     terms: tuple[LossTerm, ...]
+    ratios: tuple[float, ...]
     labels: Tensor
-    signals: TeacherSignals | None
+    signals: TeacherSignals | AlignedSignals | None
     transform: Callable[[Tensor], Tensor]
 
-    def __call__(self, projected: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Weighted scalar sum with gradient, and the detached sum of every term, for tokens ``start`` to ``stop``."""
+    def spans(self, size: int) -> Iterator[Span]:
+        """Blocks of at most ``size`` tokens; no block ends within an aligned group."""
+        if isinstance(self.signals, AlignedSignals):
+            return self.signals.spans(size)
+        count = int(self.labels.shape[0])
+        return (Span(start, min(start + size, count)) for start in range(0, count, size))
+
+    def __call__(self, projected: Tensor, span: Span) -> tuple[Tensor, Tensor]:
+        """Weighted scalar sum with gradient, and the detached plain sum of every term, for the tokens of a block."""
         logits = upcast(self.transform(upcast(projected)))
-        with torch.no_grad():
-            teacher = self.signals.block(start, stop) if self.signals is not None else None
-        labels = self.labels[start:stop]
-        sums = []
-        for term in self.terms:
-            cut = logits if term.vocabulary is None else logits[:, : term.vocabulary]
-            values = term.loss(TokenLossInputs(cut, _cut(teacher, term.vocabulary), labels))
-            if values.shape != labels.shape:
-                raise ConformanceError(
-                    f"a token loss returns one value per token {tuple(labels.shape)}, got {tuple(values.shape)}",
-                    where=f"loss {term.name}",
-                )
-            sums.append(values.sum())
-        weighted = torch.stack([term.weight * value for term, value in zip(self.terms, sums, strict=True)]).sum()
+        labels = self.labels[span.start : span.stop]
+        teacher = None
+        if self.signals is not None and not isinstance(self.signals, AlignedSignals):
+            with torch.no_grad():
+                teacher = self.signals.block(span.start, span.stop)
+        sums = [
+            self._aligned(term, logits, labels, span)
+            if term.kind == "aligned"
+            else _token_sum(term, logits, teacher, labels)
+            for term in self.terms
+        ]
+        factors = [term.weight * ratio for term, ratio in zip(self.terms, self.ratios, strict=True)]
+        weighted = torch.stack([factor * value for factor, value in zip(factors, sums, strict=True)]).sum()
         return weighted, torch.stack([value.detach() for value in sums])
+
+    def _aligned(self, term: LossTerm, logits: Tensor, labels: Tensor, span: Span) -> Tensor:
+        if not isinstance(self.signals, AlignedSignals):
+            raise ConformanceError("an aligned loss needs a teacher's view of the same text", where=f"loss {term.name}")
+        if not span.groups:
+            return logits[:0].sum()
+        values = term.loss(self.signals.inputs(logits, labels, span))
+        if values.shape != (span.groups,):
+            raise ConformanceError(
+                f"an aligned loss returns one value per group ({span.groups},), got {tuple(values.shape)}",
+                where=f"loss {term.name}",
+            )
+        return values.sum()
+
+
+def _token_sum(term: LossTerm, logits: Tensor, teacher: TeacherSignal | None, labels: Tensor) -> Tensor:
+    cut = logits if term.vocabulary is None else logits[:, : term.vocabulary]
+    values = term.loss(TokenLossInputs(cut, _cut(teacher, term.vocabulary), labels))
+    if values.shape != labels.shape:
+        raise ConformanceError(
+            f"a token loss returns one value per token {tuple(labels.shape)}, got {tuple(values.shape)}",
+            where=f"loss {term.name}",
+        )
+    return values.sum()
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,9 +261,8 @@ class _BlockedLoss(torch.autograd.Function):
         grads = [torch.zeros_like(t) if need else None for t, need in zip((hidden, weight, bias), needs, strict=True)]
         total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
         sums = total.new_zeros(len(block.terms))
-        for start in range(0, hidden.shape[0], size):
-            rows = slice(start, min(start + size, hidden.shape[0]))
-            loss, parts = _run_block(block, hidden[rows], head, rows, grads, dtype)
+        for span in block.spans(size):
+            loss, parts = _run_block(block, hidden[span.start : span.stop], head, span, grads, dtype)
             total += loss
             sums += parts
         ctx.save_for_backward(*[g for g in grads if g is not None])
@@ -231,7 +281,7 @@ def _run_block(
     block: _Block,
     hidden: Tensor,
     head: list[Tensor | None],
-    rows: slice,
+    span: Span,
     grads: list[Tensor | None],
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
@@ -241,11 +291,11 @@ def _run_block(
     device = hidden.device.type
     with torch.set_grad_enabled(wanted), torch.autocast(device, enabled=False):
         leaf = hidden.detach().to(dtype).requires_grad_(grads[0] is not None)
-        loss, parts = block(nn.functional.linear(leaf, weight, bias), rows.start, rows.stop)
+        loss, parts = block(nn.functional.linear(leaf, weight, bias), span)
         inputs = [t for t, g in zip((leaf, weight, bias), grads, strict=True) if g is not None]
         made = iter(torch.autograd.grad(loss, inputs) if inputs else ())
     if grads[0] is not None:
-        grads[0][rows] = next(made).to(grads[0].dtype)
+        grads[0][span.start : span.stop] = next(made).to(grads[0].dtype)
     for total in grads[1:]:
         if total is not None:
             total.add_(next(made))

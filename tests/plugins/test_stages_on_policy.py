@@ -139,6 +139,10 @@ def test_answers_are_sampled_unless_the_recipe_says_otherwise():
             "stages.kd.losses.1.use: 'cross-entropy' needs no teacher",
         ),
         (
+            {"on_policy": 0.5, "losses": [{"use": "uld"}]},
+            "stages.kd.losses.0.use: 'uld' compares the texts of the data, which are aligned before training",
+        ),
+        (
             {"on_policy": 0.5, "teacher": {"use": "stored"}},
             "stages.kd.teacher.use: 'stored' knows only the data's answers, and on_policy asks about the student's own",
         ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Literal, Self
 
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -11,7 +11,7 @@ from pydantic_core import PydanticCustomError
 from kdkit.api import LossSpec, Params, hookimpl
 
 if TYPE_CHECKING:
-    from kdkit.api import TokenLoss
+    from kdkit.api import AlignedLoss, TokenLoss
 
 
 _NEAREST: Final = 1e-3
@@ -75,11 +75,34 @@ class TotalVariationParams(Params):
     """Softmax temperature of both models; a bounded distance has no factor T^2."""
 
 
+class ULDParams(Params):
+    """Distance between the sorted probabilities of student and teacher: for a teacher with another tokenizer.
+
+    Tokens are put into the smallest groups that cover the same text on both sides, the end of an answer being one of
+    them; each group has one value, and the loss is their mean over the optimiser step. The distance sees how
+    probability is spread, not over which tokens: mix it with cross-entropy, which says which token is right.
+    """
+
+    merge: Literal["joint", "first"] = "joint"
+    """Distribution of a group of several tokens. ``first``: that of its first token, where both models have read the
+    same text. ``joint``: the same times the probabilities of the group's further tokens, so that the entry of the first
+    token is the probability of the whole group; it sums to less than one, and only this form trains the further
+    tokens."""
+    temperature: float = Field(1.0, gt=0)
+    """Softmax temperature of both models; a bounded distance has no factor T^2."""
+
+
 def _cross_entropy(params: CrossEntropyParams) -> TokenLoss:
     del params
     from kdkit.plugins.losses.token import cross_entropy
 
     return cross_entropy
+
+
+def _uld(params: ULDParams) -> AlignedLoss:
+    from kdkit.plugins.losses.aligned import ULD
+
+    return ULD(**params.model_dump())
 
 
 def _token(name: str) -> Callable[[Params], TokenLoss]:
@@ -108,7 +131,7 @@ _DIVERGENCES: tuple[tuple[str, str, str, type[Params]], ...] = (
 
 @hookimpl
 def kdkit_losses() -> Iterator[LossSpec[Any]]:
-    """The token losses."""
+    """The built-in losses."""
     yield LossSpec(
         name="cross-entropy",
         summary="Negative log-likelihood of the target tokens",
@@ -119,3 +142,11 @@ def kdkit_losses() -> Iterator[LossSpec[Any]]:
         yield LossSpec(
             name=name, summary=summary, params=params, build=_token(class_name), needs=frozenset({"logits", "topk"})
         )
+    yield LossSpec(
+        name="uld",
+        summary="Distance of sorted probabilities, for another tokenizer (ULD)",
+        params=ULDParams,
+        build=_uld,
+        loss_kind="aligned",
+        needs=frozenset({"logits"}),
+    )

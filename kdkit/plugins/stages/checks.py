@@ -30,9 +30,9 @@ def _check_losses(losses: list[Weighted[Loss]], gives: frozenset[str]) -> Proble
     for index, loss in enumerate(losses):
         spec: Any = loss.found.spec
         where = ("losses", index, "use")
-        if spec.loss_kind != "token":
+        if spec.loss_kind not in {"token", "aligned"}:
             problems.append((where, f"'{loss.name}' is a {spec.loss_kind} loss; this stage takes token losses"))
-        elif spec.needs and not gives:
+        elif (spec.needs or spec.loss_kind == "aligned") and not gives:
             problems.append((where, f"'{loss.name}' needs a teacher; use a distill stage"))
         elif spec.needs and not spec.needs & gives:
             wants, has = " or ".join(sorted(spec.needs)), ", ".join(sorted(gives))
@@ -57,7 +57,7 @@ def check_distill(params: DistillParams) -> Problems:
     problems = _check_losses(params.losses, spec.gives)
     if not any(loss.found.spec.needs for loss in params.losses if hasattr(loss.found.spec, "needs")):
         problems.append((("losses",), "no loss uses the teacher; add one, such as forward-kl, or use an sft stage"))
-    return [*problems, *_on_policy_problems(params)]
+    return [*problems, *_mixed_kinds(params.losses), *_on_policy_problems(params)]
 
 
 def _on_policy_problems(params: DistillParams) -> Iterator[Problem]:
@@ -66,7 +66,10 @@ def _on_policy_problems(params: DistillParams) -> Iterator[Problem]:
             yield ("sampling",), "the student writes answers only with on_policy above 0"
         return
     for index, loss in enumerate(params.losses):
-        if not _spec(loss).needs:
+        if _spec(loss).loss_kind == "aligned":
+            why = "compares the texts of the data, which are aligned before training"
+            yield ("losses", index, "use"), f"'{loss.name}' {why}; on_policy takes token losses, such as jsd"
+        elif not _spec(loss).needs:
             why = "needs no teacher, and without one the student's own answers (on_policy) teach nothing"
             yield (
                 ("losses", index, "use"),
@@ -75,6 +78,15 @@ def _on_policy_problems(params: DistillParams) -> Iterator[Problem]:
     if _spec(params.teacher).fixed_rows:
         why = "knows only the data's answers, and on_policy asks about the student's own"
         yield ("teacher", "use"), f"'{params.teacher.name}' {why}; use a teacher that is present, such as local"
+
+
+def _mixed_kinds(losses: list[Weighted[Loss]]) -> Iterator[Problem]:
+    """A teacher is read in the student's tokens or in its own, not in both."""
+    aligned = [loss.name for loss in losses if _spec(loss).loss_kind == "aligned"]
+    for index, loss in enumerate(losses):
+        if aligned and _spec(loss).loss_kind == "token" and _spec(loss).needs:
+            why = f"'{loss.name}' needs a teacher of the student's tokens, '{aligned[0]}' reads it in its own"
+            yield ("losses", index, "use"), f"{why}; use one of them, with cross-entropy if you like"
 
 
 def check_generate(params: GenerateParams) -> Problems:

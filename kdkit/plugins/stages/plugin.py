@@ -54,7 +54,8 @@ class DistillParams(TrainParams):
     model: Ref[Model]
     """The student."""
     teacher: Component[Teacher]
-    """Where the signals come from; it must share the student's vocabulary."""
+    """Where the signals come from. Divergences per token need a teacher that shares the student's vocabulary; with
+    ``uld`` it may have its own tokenizer and chat template."""
     losses: list[Weighted[Loss]] = Field(
         default=[{"use": "forward-kl", "weight": 0.5}, {"use": "cross-entropy", "weight": 0.5}],  # type: ignore[list-item]
         validate_default=True,

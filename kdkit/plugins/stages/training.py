@@ -5,20 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import GenerationConfig
 
 from kdkit.api.artifacts import Model
-from kdkit.api.errors import StageError
+from kdkit.api.errors import ModelError, StageError
 from kdkit.api.protocols import RowTeacher
 from kdkit.models.card import ModelCard, render_card
 from kdkit.models.chat import ChatEncoder
+from kdkit.models.cuts import CutEncoder
 from kdkit.models.heads import verify_split
 from kdkit.models.load import check_same_vocabulary, load_model, load_tokenizer, vocabulary
 from kdkit.models.save import read_provenance, save_model
 from kdkit.plugins.stages.plugin import DistillParams, OwnAnswers
+from kdkit.train.alignment import encode_aligned
 from kdkit.train.encoding import encode_rows
 from kdkit.train.loop import Task, TrainResult, train
 from kdkit.train.objective import LossTerm
@@ -55,7 +58,7 @@ def run_distill(params: DistillParams, ctx: StageContext) -> StageOutputs:
     """Train on the teacher's distributions.
 
     Raises:
-        ModelError: Teacher and student have different vocabularies.
+        ModelError: Teacher and student have different vocabularies, and a loss compares them token by token.
     """
     student = _load(params.model, ctx)
     teacher = ctx.build(params.teacher)
@@ -79,18 +82,23 @@ def _load(ref: Any, ctx: StageContext) -> _Student:
 def _train(
     params: TrainParams, ctx: StageContext, student: _Student, *, teacher: Teacher | None, method: str
 ) -> StageOutputs:
-    shared, own = None, vocabulary(student.tokenizer, student.model)
-    if teacher is not None:
-        shared = check_same_vocabulary(own, teacher.vocabulary)
+    own = vocabulary(student.tokenizer, student.model)
     encoder = ChatEncoder(student.tokenizer)
+    reader, shared = None, None
+    if teacher is not None and _is_aligned(params):
+        reader, shared = _reader(teacher), teacher.vocabulary.size
+        encoder = CutEncoder(student.tokenizer)
+    elif teacher is not None:
+        shared = check_same_vocabulary(own, teacher.vocabulary)
+    encode = partial(_encode, encoder=encoder, reader=reader, params=params, ctx=ctx)
     precision = ctx.precision(params.precision)
     compute = torch.bfloat16 if precision == "bf16" else torch.float32
     task = Task(
         model=student.model,
         terms=_terms(params, ctx, shared),
-        data=[_encode(component, encoder, params, ctx) for component in params.data],
+        data=[encode(component) for component in params.data],
         weights=[component.weight for component in params.data],
-        held_out=_held_out(params, encoder, ctx),
+        held_out=[row for component in params.eval_data or () for row in encode(component)[: params.eval_rows]],
         signals=teacher.signals if teacher is not None else None,
         on_policy=_on_policy(params, ctx, student, encoder, shared, compute),
     )
@@ -132,28 +140,40 @@ def _terms(params: TrainParams, ctx: StageContext, shared: int | None) -> list[L
             loss=ctx.build(loss),
             # Only a divergence is confined to the entries both models have; a likelihood sees every entry.
             vocabulary=shared if loss.found.spec.needs else None,  # type: ignore[attr-defined]
+            kind=loss.found.spec.loss_kind,  # type: ignore[attr-defined]
         )
         for loss in params.losses
     ]
 
 
+def _is_aligned(params: TrainParams) -> bool:
+    return any(loss.found.spec.loss_kind == "aligned" for loss in params.losses)  # type: ignore[attr-defined]
+
+
+def _reader(teacher: Teacher) -> CutEncoder:
+    """What renders the rows for a teacher with its own tokenizer."""
+    tokenizer = getattr(teacher, "tokenizer", None)
+    if tokenizer is None:
+        raise ModelError(
+            "the teacher has no tokenizer to read the rows with", hint="aligned losses (uld) need the teacher 'local'"
+        )
+    return CutEncoder(tokenizer)
+
+
 def _encode(
-    component: Component[DatasetLoader], encoder: ChatEncoder, params: TrainParams, ctx: StageContext
-) -> list[Encoded]:
-    rows = ctx.load(component)
-    return encode_rows(
-        rows.examples,
-        encoder,
-        max_length=params.max_length,
-        overlong=params.overlong,
-        log=ctx.log,
-        name=f"dataset {component.name}",
-    )
-
-
-def _held_out(params: TrainParams, encoder: ChatEncoder, ctx: StageContext) -> Sequence[Encoded]:
-    parts = [_encode(component, encoder, params, ctx) for component in params.eval_data or ()]
-    return [row for part in parts for row in part[: params.eval_rows]]
+    component: Component[DatasetLoader],
+    *,
+    encoder: ChatEncoder,
+    reader: CutEncoder | None,
+    params: TrainParams,
+    ctx: StageContext,
+) -> Sequence[Encoded]:
+    """Rows of a dataset in the student's tokens, and in the teacher's own when it has a ``reader``."""
+    rows, name = ctx.load(component), f"dataset {component.name}"
+    limits: dict[str, Any] = {"max_length": params.max_length, "overlong": params.overlong}
+    if reader is not None and isinstance(encoder, CutEncoder):
+        return encode_aligned(rows.examples, encoder, reader, log=ctx.log, name=name, **limits)
+    return encode_rows(rows.examples, encoder, log=ctx.log, name=name, **limits)
 
 
 def _stop_where_trained(model: PreTrainedModel, encoder: ChatEncoder) -> None:

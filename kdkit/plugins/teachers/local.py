@@ -45,7 +45,7 @@ class LocalTeacher:
     def __init__(self, params: LocalTeacherParams, ctx: BuildContext) -> None:
         artifact = ctx.resolve(params.model)
         dtype = torch.bfloat16 if ctx.precision(params.precision) == "bf16" else torch.float32
-        self._tokenizer = load_tokenizer(artifact)
+        self.tokenizer = load_tokenizer(artifact)
         self._model = load_model(artifact, dtype=dtype).to(ctx.device)
         verify_split(self._model)
         self._parts = split(self._model)
@@ -54,7 +54,7 @@ class LocalTeacher:
         if not self._isolates:
             ctx.log(f"teacher {type(self._model).__name__} sees across rows that lie end to end: it gets padded rows")
         self._batch_size = params.batch_size
-        self.vocabulary: Vocabulary = vocabulary(self._tokenizer, self._model)
+        self.vocabulary: Vocabulary = vocabulary(self.tokenizer, self._model)
 
     @torch.no_grad()
     def signals(self, batch: TokenBatch, /) -> _HiddenSignals:
@@ -66,10 +66,10 @@ class LocalTeacher:
 
     def generate(self, prompts: Sequence[Example], sampling: Sampling, seed: int, /) -> Sequence[Completion]:
         """Answers to the prompts, rendered with the teacher's own chat template."""
-        encoder = ChatEncoder(self._tokenizer)
+        encoder = ChatEncoder(self.tokenizer)
         return generate(
             self._model,
-            self._tokenizer,
+            self.tokenizer,
             [encoder.prompt(example) for example in prompts],
             sampling,
             [(seed + index) % 2**63 for index in range(len(prompts))],
