@@ -100,6 +100,30 @@ def test_kd_losses_differ_in_nothing_but_the_loss():
             assert repr(getattr(stages[name], field)) == repr(getattr(stages["kd"], field)), (name, field)
 
 
+def test_kd_cache_trains_from_what_the_teacher_said(tiny, tmp_path):
+    small: dict = {
+        "stages.answers.data.max_rows": 40,
+        "stages.answers.sampling": {"do_sample": True, "max_new_tokens": 200},
+        "stages.eval.sampling.max_new_tokens": 4,
+        "stages.eval.data.test_fraction": 0.4,
+        "stages.cache.max_length": 2000,
+        # A tiny model's tokens are all improbable: keep every one of them.
+        "stages.cache.mass": 1.0,
+        "stages.cache.min_probability": 0.0,
+        "stages.cache.bits": 16,
+    }
+    for student in ("sft", "kd", "kd-cached"):
+        small |= {f"stages.{student}.max_length": 2000, f"stages.{student}.per_device_train_batch_size": 2}
+    var = {"teacher": str(tiny), "student": {"from": str(tiny), "keep_layers": 2}, "steps": 3}
+    result = kdkit.run(ROOT / "recipes" / "kd_cache.yaml", set=small, var=var, out=tmp_path, inline=True)
+    assert result.ok, result.error
+    models = result.report["models"]
+    assert models["kd"]["trained_tokens"] == models["kd-cached"]["trained_tokens"] > 0
+    live, cached = (models[name]["metrics"]["teacher-kl"]["value"] for name in ("kd", "kd-cached"))
+    assert cached == pytest.approx(live, rel=0.01)
+    assert models["sft"]["metrics"]["teacher-kl"]["value"] != pytest.approx(live, rel=0.01)
+
+
 def small_paper(recipe: Path, tiny: Path, source: Path, tmp_path: Path) -> dict:
     """Settings that cut a paper recipe down to seconds on the rows that ship with kdkit."""
     var: dict = {"teacher": str(tiny), "student": {"from": str(tiny), "keep_layers": 2}}
