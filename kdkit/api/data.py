@@ -109,7 +109,8 @@ class Prediction:
         verdict: Whether the answer passed its tests; None when nobody judged it.
         measures: Teacher-forced sums over the reference's tokens: ``nll`` (nats), ``teacher_kl`` (nats), ``tokens``.
         traces: Values per token: ``own_kl``, KL from teacher to model in nats at every token of the model's own answer;
-            ``teacher_answer_kl``, the same at every token of the teacher's answer to this prompt.
+            ``own_reverse_kl``, KL from the model to the teacher there; ``teacher_answer_kl``, KL from teacher to model
+            at every token of the teacher's answer to this prompt.
         extra: The example's extra columns.
     """
 

@@ -137,8 +137,8 @@ class MetricSpec(Spec[P]):
         higher_is_better: Direction, for reports and best checkpoints; None where neither end is better.
         needs: ``completion`` (generated answers), ``reference`` (answers to compare them with), ``nll`` and
             ``teacher-kl`` (teacher-forced passes), ``verdict`` (answers judged by a reward), ``exposure`` (traces on
-            the model's own and on the teacher's answers). At least one of them other than ``reference``, which alone
-            says nothing about a model.
+            the model's own and on the teacher's answers), ``student-kl`` (a trace of the reverse KL on its own). At
+            least one of them other than ``reference``, which alone says nothing about a model.
         key: The metric's key in reports, where it depends on the parameters (``pass-at-1``); the name otherwise.
         unit: Shown in the report's header, such as ``0-100`` or ``nats/token``.
     """
@@ -146,8 +146,8 @@ class MetricSpec(Spec[P]):
     kind: ClassVar[str] = "metric"
     build: Callable[[P], Metric]
     higher_is_better: bool | None
-    needs: frozenset[Literal["completion", "reference", "nll", "teacher-kl", "verdict", "exposure"]] = frozenset(
-        {"completion", "reference"}
+    needs: frozenset[Literal["completion", "reference", "nll", "teacher-kl", "verdict", "exposure", "student-kl"]] = (
+        frozenset({"completion", "reference"})
     )
     key: Callable[[P], str] | None = None
     unit: str = ""

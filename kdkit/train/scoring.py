@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
@@ -12,7 +12,7 @@ from kdkit.api.data import Dense, TokenBatch, TokenLossInputs
 from kdkit.api.errors import ConformanceError
 from kdkit.models.heads import CausalParts, split
 from kdkit.train.batching import collate
-from kdkit.train.divergences import forward_kl, log_classes, upcast
+from kdkit.train.divergences import forward_kl, log_classes, reverse_kl, upcast
 from kdkit.train.objective import block_tokens, valid_hidden
 
 if TYPE_CHECKING:
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from kdkit.models.chat import Encoded
 
 __all__ = ["ExampleScore", "score_examples", "token_kl"]
+
+_Divergence: TypeAlias = "Callable[[Tensor, Tensor], Tensor]"
+"""Of log-probabilities of teacher and model, both [n, V]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,16 +76,18 @@ def token_kl(
     batch_size: int,
     signals: Callable[[TokenBatch], TeacherSignals],
     vocabulary: int | None = None,
+    reverse: bool = False,
 ) -> list[tuple[float, ...]]:
     """KL(teacher || model) in nats at every learned token of every row, in the order of the rows and their tokens.
 
-    The arguments are those of :func:`score_examples`. The value at a token depends on the tokens before it only, so
-    the id that stands at the row's last place does not matter.
+    ``reverse`` gives KL(model || teacher); the other arguments are those of :func:`score_examples`. The value at a
+    token depends on the tokens before it only, so the id that stands at the row's last place does not matter.
     """
     traces: dict[int, tuple[float, ...]] = {}
     for chosen, batch in _batches(model, rows, batch_size):
         # Where the two agree, rounding can put a divergence below 0.
-        values = _batch_values(split(model), batch, signals(batch), vocabulary)[:, 1].clamp(min=0).tolist()
+        measure = reverse_kl if reverse else forward_kl
+        values = _batch_values(split(model), batch, signals(batch), vocabulary, measure)[:, 1].clamp(min=0).tolist()
         done = 0
         for index in chosen:
             traces[index] = tuple(values[done : done + rows[index].targets])
@@ -116,22 +121,32 @@ def _score_batch(
 
 
 def _batch_values(
-    parts: CausalParts, batch: TokenBatch, teacher: TeacherSignals | None, vocabulary: int | None
+    parts: CausalParts,
+    batch: TokenBatch,
+    teacher: TeacherSignals | None,
+    vocabulary: int | None,
+    divergence: _Divergence = forward_kl,
 ) -> Tensor:
     """[N, 2]: :func:`_token_values` of all learned tokens of a batch, in row-major order, block by block."""
     hidden, labels = valid_hidden(parts.trunk, batch), batch.input_ids[:, 1:][batch.labels_mask[:, 1:]]
     size = block_tokens(parts.head.weight.shape[0])
     values = [
-        _token_values(parts, hidden[a : a + size], labels[a : a + size], teacher, a, vocabulary)
+        _token_values(parts, hidden[a : a + size], labels[a : a + size], teacher, a, vocabulary, divergence)
         for a in range(0, len(labels), size)
     ]
     return torch.cat(values)
 
 
 def _token_values(
-    parts: CausalParts, hidden: Tensor, labels: Tensor, teacher: TeacherSignals | None, start: int, width: int | None
+    parts: CausalParts,
+    hidden: Tensor,
+    labels: Tensor,
+    teacher: TeacherSignals | None,
+    start: int,
+    width: int | None,
+    divergence: _Divergence,
 ) -> Tensor:
-    """[n, 2]: negative log-likelihood and KL of every token of a block; the KL is 0 without a teacher."""
+    """[n, 2]: negative log-likelihood and divergence of every token of a block; that is 0 without a teacher."""
     logits = upcast(parts.project(hidden))
     nll = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
     kl = torch.zeros_like(nll)
@@ -141,5 +156,5 @@ def _token_values(
             # Over K tokens and a bucket it is a lower bound, and depends on K.
             raise ConformanceError(f"full-vocabulary KL needs the teacher's logits, which gave {type(signal).__name__}")
         shared = Dense(signal.logits[:, :width])
-        kl = forward_kl(*log_classes(TokenLossInputs(logits[:, :width], shared, labels), 1.0))
+        kl = divergence(*log_classes(TokenLossInputs(logits[:, :width], shared, labels), 1.0))
     return torch.stack([nll, kl], dim=1)

@@ -25,6 +25,7 @@ def test_what_each_metric_declares():
         "length": (None, {"completion"}, "characters"),
         "perplexity": (False, {"nll"}, "per token"),
         "teacher-kl": (False, {"teacher-kl"}, "nats/token"),
+        "student-kl": (False, {"completion", "student-kl"}, "nats/token"),
         "exposure-bias": (False, {"completion", "exposure"}, "%"),
     }
     assert {name: spec.extras for name, spec in SPECS.items() if spec.extras} == {"chrf": ("chrf",)}
@@ -192,7 +193,7 @@ def test_predictions_without_the_measure_or_a_token_are_left_out():
     result = build("perplexity").score(rows)
     assert (result.n, result.ids, result.value) == (1, ("id4",), pytest.approx(math.e))
     assert result.counts == {"predictions without tokens to measure": 4}
-    with pytest.raises(DataError, match="none of 4 predictions has the measures 'nll' and 'tokens'"):
+    with pytest.raises(DataError, match="none of 4 predictions has the measure 'nll' of a token"):
         build("perplexity").score(rows[:4])
 
 

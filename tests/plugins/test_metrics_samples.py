@@ -108,6 +108,31 @@ def test_length():
         build("length").score([])
 
 
+# --- student-kl -------------------------------------------------------------------------------------------------------
+
+
+def own(*traces):
+    return [Prediction("p", "", (), id=f"id{n}", traces={"own_reverse_kl": trace}) for n, trace in enumerate(traces)]
+
+
+def test_student_kl_is_a_mean_over_tokens():
+    result = build("student-kl").score([*own((1.0, 2.0, 3.0), (6.0,), ()), Prediction("p", "", (), id="none")])
+    assert result.value == pytest.approx(3.0)
+    assert result.per_example == pytest.approx((2.0, 6.0))
+    assert (result.weights, result.n, result.ids) == ((3, 1), 2, ("id0", "id1"))
+    assert result.counts == {"predictions without tokens to measure": 2}
+
+
+def test_student_kl_reads_its_own_trace_only():
+    other = Prediction("p", "", (), id="x", traces={"own_kl": (9.0,)}, measures={"teacher_kl": 9.0, "tokens": 1.0})
+    assert build("student-kl").score([*own((1.0,)), other]).value == pytest.approx(1.0)
+    with pytest.raises(DataError, match="none of 1 predictions has the measure 'own_reverse_kl'"):
+        build("student-kl").score([other])
+    for wrong in (math.nan, math.inf):
+        with pytest.raises(DataError, match="example id0"):
+            build("student-kl").score(own((1.0, wrong)))
+
+
 # --- exposure-bias ----------------------------------------------------------------------------------------------------
 
 

@@ -310,6 +310,21 @@ def test_traces_belong_to_the_first_answer_and_vanish_for_the_teacher(stage, mod
         assert mine["traces"]["own_kl"] == pytest.approx(alone["traces"]["own_kl"], rel=1e-4)
 
 
+def test_the_reverse_divergence_on_own_answers(stage, models, tmp_path):
+    asked = stage(metrics=[{"use": "student-kl"}], teacher=teacher(models, tmp_path), num_samples=2, sampling=SAMPLED)
+    directory = evaluate(tmp_path, asked)
+    student = predictions(directory, "student")
+    assert [set(row["traces"]) for row in student] == [{"own_reverse_kl"}, set()] * 8
+    assert all(1 <= len(row["traces"]["own_reverse_kl"]) <= 6 for row in student[::2])
+    every = [value for row in student for trace in row["traces"].values() for value in trace]
+    result = scores(directory)["models"]
+    assert result["student"]["results"]["jsonl"]["student-kl"]["value"] == pytest.approx(sum(every) / len(every))
+    assert result["teacher"]["results"]["jsonl"]["student-kl"]["value"] < 1e-6
+    both = evaluate(tmp_path, {**asked, "metrics": [{"use": "student-kl"}, {"use": "exposed"}]})
+    names = {"own_reverse_kl", "own_kl", "teacher_answer_kl"}
+    assert set(predictions(both, "student")[0]["traces"]) == names
+
+
 class WithinReach:
     """A teacher for :class:`Forcing`, without an engine."""
 

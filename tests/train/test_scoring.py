@@ -54,6 +54,16 @@ def test_divergences_per_token_add_up_to_those_per_example(rows, batch_size):
     assert [math.fsum(trace) for trace in traces] == pytest.approx(sums, rel=1e-12)
 
 
+def test_the_reverse_divergence_sums_over_the_model(rows):
+    student, teacher = tiny_model().double(), tiny_model(seed=1).double()
+    traces = token_kl(student, rows, batch_size=3, signals=Teacher(teacher), reverse=True)
+    for row, trace in zip(rows, traces, strict=True):
+        ids, keep = torch.tensor([row.ids]), torch.tensor(row.learned)[1:]
+        with torch.no_grad():
+            q, p = (torch.log_softmax(m(input_ids=ids).logits[0, :-1][keep], -1) for m in (student, teacher))
+        assert trace == pytest.approx((q.exp() * (q - p)).sum(-1).tolist(), rel=1e-9)
+
+
 class Nearly(Teacher):
     """Differs from its model by rounding."""
 

@@ -1,4 +1,4 @@
-"""Means over the tokens of all references, from the sums that a teacher-forced pass measures."""
+"""Means over all tokens, of references or of the model's own answers, from what a teacher-forced pass measures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ __all__ = ["PerTokenMean"]
 class PerTokenMean:
     """``link(sum of a measure / sum of tokens)``: each token counts the same, so long answers count for more."""
 
-    def __init__(self, measure: Literal["nll", "teacher_kl"], *, link: Literal["identity", "exp"]) -> None:
+    def __init__(
+        self, measure: Literal["nll", "teacher_kl", "own_reverse_kl"], *, link: Literal["identity", "exp"]
+    ) -> None:
         self._measure = measure
         self._link: Literal["identity", "exp"] = link
 
@@ -29,7 +31,7 @@ class PerTokenMean:
         scored = [(key, *pair) for key, item in named(predictions) if (pair := self._sums(key, item)) is not None]
         if not scored:
             raise DataError(
-                f"none of {len(predictions)} predictions has the measures {self._measure!r} and 'tokens'",
+                f"none of {len(predictions)} predictions has the measure {self._measure!r} of a token",
                 hint="evaluate on rows with answers",
             )
         weights = tuple(tokens for _, _, tokens in scored)
@@ -45,7 +47,14 @@ class PerTokenMean:
         )
 
     def _sums(self, key: str, prediction: Prediction) -> tuple[float, float] | None:
-        total, tokens = prediction.measures.get(self._measure), prediction.measures.get("tokens")
+        total, tokens = (
+            _of_trace(prediction.traces[self._measure])
+            if self._measure in prediction.traces
+            else (
+                prediction.measures.get(self._measure),
+                prediction.measures.get("tokens"),
+            )
+        )
         if total is None or tokens is None or tokens == 0:
             return None
         # One NaN would otherwise turn the whole table into NaN without saying which row it came from.
@@ -60,3 +69,8 @@ class PerTokenMean:
             return math.exp(mean)
         except OverflowError as error:
             raise DataError(f"perplexity is too large for a number: exp({mean:.1f})") from error
+
+
+def _of_trace(trace: Sequence[float]) -> tuple[float, float]:
+    # fsum raises on a NaN beside an infinity; the sum that Python makes shows it.
+    return (math.fsum(trace) if all(map(math.isfinite, trace)) else sum(trace)), len(trace)

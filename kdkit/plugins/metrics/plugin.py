@@ -215,6 +215,13 @@ def _teacher_kl(params: NoParams) -> Metric:
     return PerTokenMean("teacher_kl", link="identity")
 
 
+def _student_kl(params: NoParams) -> Metric:
+    from kdkit.plugins.metrics.per_token import PerTokenMean
+
+    del params
+    return PerTokenMean("own_reverse_kl", link="identity")
+
+
 @hookimpl
 def kdkit_metrics() -> Iterator[MetricSpec[Any]]:
     """The built-in metrics."""
@@ -325,6 +332,15 @@ def _of_models() -> Iterator[MetricSpec[Any]]:
         build=_teacher_kl,
         higher_is_better=False,
         needs=frozenset({"teacher-kl"}),
+        unit="nats/token",
+    )
+    yield MetricSpec(
+        name="student-kl",
+        summary="Mean reverse KL divergence to the teacher on the model's own answers",
+        params=NoParams,
+        build=_student_kl,
+        higher_is_better=False,
+        needs=frozenset({"completion", "student-kl"}),
         unit="nats/token",
     )
     yield MetricSpec(

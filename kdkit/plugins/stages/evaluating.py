@@ -145,7 +145,7 @@ class _Evaluation:
         return {name: teacher.generate(rows, self.params.sampling, seed) for name, rows in self.data.items()}
 
     def _beside(self, name: str, teacher: Teacher, answers: dict[str, Sequence[Completion]]) -> None:
-        """Score one model's references, and the exposure of its answers, beside the teacher."""
+        """Score one model's references, and its own answers, beside the teacher."""
         self.ctx.log(f"{name}: teacher-forced")
         subject = load_subject(name, self.models[name], self.params, self.ctx)
         if name not in self.facts:
@@ -156,9 +156,11 @@ class _Evaluation:
             answered = self.answered[name, dataset]
             if self.needs & {"nll", "teacher-kl"}:
                 answered.forced.scores = forcing.references(dataset, rows)
+            first = answered.completions[:: self.params.num_samples]
             if dataset in answers:
-                first = answered.completions[:: self.params.num_samples]
-                answered.forced.traces = forcing.exposure(teacher, rows, first, answers[dataset])
+                answered.forced.add(forcing.exposure(teacher, rows, first, answers[dataset]))
+            if "student-kl" in self.needs:
+                answered.forced.add(forcing.own(teacher, rows, first))
 
     def _describe(self, subject: Subject, decoded: Decoded, peak: int | None) -> None:
         decoding = {**self.params.sampling.model_dump(), "num_samples": self.params.num_samples}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -26,6 +26,11 @@ class Forced:
 
     scores: dict[str, ExampleScore] = field(default_factory=dict)
     traces: dict[str, dict[str, tuple[float, ...]]] = field(default_factory=dict)
+
+    def add(self, traces: Mapping[str, Mapping[str, tuple[float, ...]]]) -> None:
+        """Further traces of the rows."""
+        for row, named in traces.items():
+            self.traces.setdefault(row, {}).update(named)
 
 
 class Forcing:
@@ -80,8 +85,15 @@ class Forcing:
         }
         return {row.id: {name: traces[i] for name, traces in measured.items()} for i, row in enumerate(rows)}
 
+    def own(
+        self, teacher: Teacher, rows: Sequence[Example], own: Sequence[Completion]
+    ) -> dict[str, dict[str, tuple[float, ...]]]:
+        """Trace of every row: KL(model || teacher) along the model's ``own`` answer."""
+        traces = self._traces(teacher, rows, own, reverse=True)
+        return {row.id: {"own_reverse_kl": trace} for row, trace in zip(rows, traces, strict=True)}
+
     def _traces(
-        self, teacher: Teacher, rows: Sequence[Example], answers: Sequence[Completion]
+        self, teacher: Teacher, rows: Sequence[Example], answers: Sequence[Completion], *, reverse: bool = False
     ) -> list[tuple[float, ...]]:
         encoder = self._subject.encoder
         encoded = [_followed(encoder.prompt(row), row.id, answer) for row, answer in zip(rows, answers, strict=True)]
@@ -92,6 +104,7 @@ class Forcing:
             batch_size=self._params.per_device_eval_batch_size,
             signals=teacher.signals,
             vocabulary=self._shared,
+            reverse=reverse,
         )
         by_place = dict(zip(places, traces, strict=True))
         return [by_place.get(place, ()) for place in range(len(rows))]

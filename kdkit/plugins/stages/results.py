@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Answered", "Results"]
 
-_PER_ROW: Final = frozenset({"nll", "teacher-kl", "exposure"})
+_PER_ROW: Final = frozenset({"nll", "teacher-kl", "exposure", "student-kl"})
 """Needs that are measured once per row, whatever number of answers it has."""
 _BREAKS: Final = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """What code raises on values that it was not written for; a full disk, say, is none of it."""

@@ -10,9 +10,9 @@ if TYPE_CHECKING:
 
 __all__ = ["DECODED", "FORCED", "all_needs", "metric_key", "metric_needs", "needs_reference"]
 
-DECODED: Final = frozenset({"completion", "verdict", "exposure"})
+DECODED: Final = frozenset({"completion", "verdict", "exposure", "student-kl"})
 """Needs that ask for generated answers."""
-FORCED: Final = frozenset({"teacher-kl", "exposure"})
+FORCED: Final = frozenset({"teacher-kl", "exposure", "student-kl"})
 """Needs that ask for a teacher."""
 
 
