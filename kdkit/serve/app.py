@@ -19,7 +19,7 @@ from kdkit.serve.batcher import AnswerJob, Batcher, ScoreJob
 from kdkit.serve.limits import MOST_ENTRIES, Limits, Refusal
 from kdkit.serve.model import Scored, ServedModel
 from kdkit.serve.protocol import ChatRequest, CompletionRequest, parse
-from kdkit.serve.replies import Piece, chat_reply, completion_reply, echo_logprobs, error_reply, prompt_logprobs
+from kdkit.serve.replies import Maker, Piece, chat_reply, completion_reply, echo_logprobs, error_reply, prompt_logprobs
 
 __all__ = ["TeacherApi"]
 
@@ -43,6 +43,7 @@ class TeacherApi:
         self._model = model
         self._batcher = batcher
         self._name = name
+        self._maker = Maker(name, f"fp_{model.fingerprint[:16]}")
         self._key = key.encode() if key is not None else None
         self._limits = limits
         self._active = 0
@@ -125,6 +126,7 @@ class TeacherApi:
             "object": "model",
             "created": 0,
             "owned_by": "kdkit",
+            "fingerprint": self._model.fingerprint,
             "max_model_len": self._longest,
             "max_logprobs": min(self._limits.top_k, vocabulary.size),
             "vocabulary": {
@@ -144,7 +146,7 @@ class TeacherApi:
         new = min(self._limits.new_tokens, self._longest - len(ids)) if most is None else most
         self._check_room(len(ids), max(new, 1))
         (completion,) = await self._completions(request, [ids], asked.sampling(new), asked.seed)
-        return chat_reply(self._name, Piece(ids, completion))
+        return chat_reply(self._maker, Piece(ids, completion))
 
     async def _answer_prompts(self, request: Request) -> Callable[[], dict[str, Any]]:
         asked = parse(CompletionRequest, await self._body(request))
@@ -164,7 +166,7 @@ class TeacherApi:
         pieces = [Piece(prompt, said) for prompt, said in zip(prompts, completions, strict=True)]
         if asked.logprobs is not None or asked.prompt_logprobs is not None:
             pieces = await self._scored(request, pieces, wanted)
-        return lambda: completion_reply(self._name, pieces, [self._choice(piece, asked) for piece in pieces])
+        return lambda: completion_reply(self._maker, pieces, [self._choice(piece, asked) for piece in pieces])
 
     def _choice(self, piece: Piece, asked: CompletionRequest) -> dict[str, Any]:
         shown = self._text(piece.prompt) if asked.echo else ""

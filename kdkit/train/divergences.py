@@ -42,7 +42,7 @@ def log_classes(x: TokenLossInputs, temperature: float) -> tuple[Tensor, Tensor]
 
     Raises:
         ConformanceError: No teacher signal, another vocabulary, a top-k signal taken at another temperature, or ids
-            beyond the student's logits.
+            that repeat or lie beyond the student's logits.
     """
     student = torch.log_softmax(upcast(x.student_logits) / temperature, dim=-1)
     if isinstance(x.teacher, Dense):
@@ -65,20 +65,34 @@ def _with_tail(signal: TopK, student: Tensor, temperature: float) -> tuple[Tenso
             f"the top-k signal was taken at temperature {signal.temperature:g}, the loss wants {temperature:g}",
             hint="use the same temperature, or take the signal again",
         )
-    if signal.ids.numel():
-        lowest, highest = (int(v) for v in signal.ids.aminmax())
-        if lowest < 0 or highest >= student.shape[-1]:
-            raise ConformanceError(
-                f"the top-k signal names token {lowest if lowest < 0 else highest}, "
-                f"student and teacher share {student.shape[-1]} entries",
-                hint="take the teacher's top-k over the entries that both models have",
-            )
+    _check_ids(signal.ids, student.shape[-1])
     kept = signal.logprobs.detach().to(student.dtype)
     tail = _log_tail(signal, kept, whole=signal.ids.shape[-1] == student.shape[-1])
     # The student's tail is summed over the real remaining entries: 1 - sum(top-k) would lose it to rounding.
     rest = torch.logsumexp(student.scatter(-1, signal.ids, -torch.inf), dim=-1)
     own = student.gather(-1, signal.ids)
     return _append(kept, tail), _append(own, rest)
+
+
+def _check_ids(ids: Tensor, size: int) -> None:
+    """Refuse ids [N, K] that are no set of K entries below ``size`` at every token."""
+    if not ids.numel():
+        return
+    ordered = ids.sort(dim=-1).values
+    lowest, highest = int(ordered[:, 0].min()), int(ordered[:, -1].max())
+    if lowest < 0 or highest >= size:
+        raise ConformanceError(
+            f"the top-k signal names token {lowest if lowest < 0 else highest}, "
+            f"student and teacher share {size} entries",
+            hint="take the teacher's top-k over the entries that both models have",
+        )
+    # A repeated id would give the student that entry's probability twice: its classes would sum to more than one.
+    again = ordered[:, 1:] == ordered[:, :-1]
+    if bool(again.any()):
+        raise ConformanceError(
+            f"the top-k signal names token {int(ordered[:, 1:][again][0])} more than once for one token",
+            hint="every kept entry has an id of its own",
+        )
 
 
 def _log_tail(signal: TopK, kept: Tensor, *, whole: bool) -> Tensor:

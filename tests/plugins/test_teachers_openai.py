@@ -399,7 +399,7 @@ def test_slow_answers_are_given_up(make, server):
     teacher = make(timeout=1.0)
     assert len(teacher.signals(pack(ROWS)).ids) == 6
     server.script.answer = failing(10**6, lambda _h, _b: gate.wait(20) and None)
-    with pytest.raises(EnvironmentUnmet, match=r"no answer within 0.2 s \(1 attempt\)"):
+    with pytest.raises(EnvironmentUnmet, match=r"no whole answer within 0.2 s \(1 attempt\)"):
         make(timeout=0.2, max_retries=0).signals(pack(ROWS[:1]))
     gate.set()
 

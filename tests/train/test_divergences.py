@@ -144,6 +144,14 @@ def test_top_k_ids_beyond_the_shared_vocabulary_are_refused():
         kdkit.build("loss", "forward-kl")(TokenLossInputs(logits(0), signal, labels()))
 
 
+@pytest.mark.parametrize("name", ["forward-kl", "reverse-kl", "jsd", "tvd"])
+def test_an_entry_that_is_there_twice_is_refused(name):
+    signal = top_k(logits(1), 3)
+    signal.ids[2, 2] = signal.ids[2, 0]
+    with pytest.raises(ConformanceError, match=f"names token {int(signal.ids[2, 0])} more than once"):
+        kdkit.build("loss", name)(TokenLossInputs(logits(0), signal, labels()))
+
+
 def test_a_stored_temperature_is_the_same_temperature():
     signal = top_k(logits(1), 3, 0.9)
     stored = TopK(signal.ids, signal.logprobs, temperature=float(torch.tensor(0.9)))
