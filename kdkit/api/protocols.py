@@ -146,7 +146,9 @@ class TeacherSignals(Protocol):
 class Teacher(Protocol):
     """A model to learn from. What it can give is declared in ``TeacherSpec.gives``.
 
-    ``vocabulary`` identifies the token ids its signals are about (a ``kdkit.models.load.Vocabulary``).
+    ``vocabulary`` identifies the token ids its signals are about (a ``kdkit.models.load.Vocabulary``). A teacher whose
+    weights the content key cannot see may also have ``identity() -> str | None``: what it says about them, which has to
+    stay the same while a stage is resumed.
     """
 
     @property

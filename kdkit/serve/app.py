@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import json
 import secrets
@@ -141,7 +142,7 @@ class TeacherApi:
         asked = parse(ChatRequest, await self._body(request))
         self._check_name(asked.model)
         messages = [Message(message.role, message.content) for message in asked.messages]
-        ids = await asyncio.to_thread(_client_error, lambda: self._model.chat_ids(messages))
+        ids = await asyncio.to_thread(_client_error, lambda: self._known(self._model.chat_ids(messages)))
         most = asked.max_completion_tokens or asked.max_tokens
         new = min(self._limits.new_tokens, self._longest - len(ids)) if most is None else most
         self._check_room(len(ids), max(new, 1))
@@ -194,12 +195,14 @@ class TeacherApi:
             raise Refusal(404, f"the model {name[:100]!r} does not exist; there is {self._name!r}")
 
     def _ids(self, prompt: str | list[int]) -> list[int]:
-        if isinstance(prompt, str):
-            return self._model.text_ids(prompt)
+        return self._known(self._model.text_ids(prompt) if isinstance(prompt, str) else prompt)
+
+    def _known(self, ids: list[int]) -> list[int]:
+        """The ids, all of them the model's: a tokenizer may have tokens that were added after the model was made."""
         size = self._model.vocabulary.size
-        if min(prompt) < 0 or max(prompt) >= size:
+        if min(ids) < 0 or max(ids) >= size:
             raise Refusal(400, f"a token id is outside the vocabulary, 0 to {size - 1}")
-        return prompt
+        return ids
 
     def _check_room(self, tokens: int, new: int) -> None:
         if new > self._limits.new_tokens:
@@ -227,6 +230,9 @@ class TeacherApi:
             await asyncio.wait({waiting}, timeout=_GONE_SECONDS)
             if not waiting.done() and await request.is_disconnected():
                 waiting.cancel()
+                # Awaited, or asyncio would report it as lost.
+                with contextlib.suppress(asyncio.CancelledError):
+                    await waiting
                 raise ClientDisconnect
         if waiting.cancelled():
             raise Refusal(503, "the server is stopping")

@@ -18,6 +18,7 @@ from kdkit.models.heads import verify_split
 from kdkit.models.load import check_same_vocabulary, load_model, load_tokenizer, vocabulary
 from kdkit.models.save import read_provenance, save_model
 from kdkit.plugins.stages.plugin import DistillParams, OwnAnswers
+from kdkit.plugins.stages.served import check_same_teacher
 from kdkit.train.encoding import encode_rows
 from kdkit.train.loop import Task, TrainResult, train
 from kdkit.train.objective import LossTerm
@@ -81,6 +82,7 @@ def _train(
     shared = None
     if teacher is not None:
         shared = check_same_vocabulary(vocabulary(student.tokenizer, student.model), teacher.vocabulary)
+        check_same_teacher(teacher, ctx)
     encoder = ChatEncoder(student.tokenizer)
     precision = ctx.precision(params.precision)
     compute = torch.bfloat16 if precision == "bf16" else torch.float32
