@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import json
 import secrets
@@ -19,7 +20,7 @@ from kdkit.serve.batcher import AnswerJob, Batcher, ScoreJob
 from kdkit.serve.limits import MOST_ENTRIES, Limits, Refusal
 from kdkit.serve.model import Scored, ServedModel
 from kdkit.serve.protocol import ChatRequest, CompletionRequest, parse
-from kdkit.serve.replies import Piece, chat_reply, completion_reply, echo_logprobs, error_reply, prompt_logprobs
+from kdkit.serve.replies import Maker, Piece, chat_reply, completion_reply, echo_logprobs, error_reply, prompt_logprobs
 
 __all__ = ["TeacherApi"]
 
@@ -43,6 +44,7 @@ class TeacherApi:
         self._model = model
         self._batcher = batcher
         self._name = name
+        self._maker = Maker(name, f"fp_{model.fingerprint[:16]}")
         self._key = key.encode() if key is not None else None
         self._limits = limits
         self._active = 0
@@ -125,6 +127,7 @@ class TeacherApi:
             "object": "model",
             "created": 0,
             "owned_by": "kdkit",
+            "fingerprint": self._model.fingerprint,
             "max_model_len": self._longest,
             "max_logprobs": min(self._limits.top_k, vocabulary.size),
             "vocabulary": {
@@ -139,12 +142,12 @@ class TeacherApi:
         asked = parse(ChatRequest, await self._body(request))
         self._check_name(asked.model)
         messages = [Message(message.role, message.content) for message in asked.messages]
-        ids = await asyncio.to_thread(_client_error, lambda: self._model.chat_ids(messages))
+        ids = await asyncio.to_thread(_client_error, lambda: self._known(self._model.chat_ids(messages)))
         most = asked.max_completion_tokens or asked.max_tokens
         new = min(self._limits.new_tokens, self._longest - len(ids)) if most is None else most
         self._check_room(len(ids), max(new, 1))
         (completion,) = await self._completions(request, [ids], asked.sampling(new), asked.seed)
-        return chat_reply(self._name, Piece(ids, completion))
+        return chat_reply(self._maker, Piece(ids, completion))
 
     async def _answer_prompts(self, request: Request) -> Callable[[], dict[str, Any]]:
         asked = parse(CompletionRequest, await self._body(request))
@@ -164,7 +167,7 @@ class TeacherApi:
         pieces = [Piece(prompt, said) for prompt, said in zip(prompts, completions, strict=True)]
         if asked.logprobs is not None or asked.prompt_logprobs is not None:
             pieces = await self._scored(request, pieces, wanted)
-        return lambda: completion_reply(self._name, pieces, [self._choice(piece, asked) for piece in pieces])
+        return lambda: completion_reply(self._maker, pieces, [self._choice(piece, asked) for piece in pieces])
 
     def _choice(self, piece: Piece, asked: CompletionRequest) -> dict[str, Any]:
         shown = self._text(piece.prompt) if asked.echo else ""
@@ -192,12 +195,14 @@ class TeacherApi:
             raise Refusal(404, f"the model {name[:100]!r} does not exist; there is {self._name!r}")
 
     def _ids(self, prompt: str | list[int]) -> list[int]:
-        if isinstance(prompt, str):
-            return self._model.text_ids(prompt)
+        return self._known(self._model.text_ids(prompt) if isinstance(prompt, str) else prompt)
+
+    def _known(self, ids: list[int]) -> list[int]:
+        """The ids, all of them the model's: a tokenizer may have tokens that were added after the model was made."""
         size = self._model.vocabulary.size
-        if min(prompt) < 0 or max(prompt) >= size:
+        if min(ids) < 0 or max(ids) >= size:
             raise Refusal(400, f"a token id is outside the vocabulary, 0 to {size - 1}")
-        return prompt
+        return ids
 
     def _check_room(self, tokens: int, new: int) -> None:
         if new > self._limits.new_tokens:
@@ -225,6 +230,9 @@ class TeacherApi:
             await asyncio.wait({waiting}, timeout=_GONE_SECONDS)
             if not waiting.done() and await request.is_disconnected():
                 waiting.cancel()
+                # Awaited, or asyncio would report it as lost.
+                with contextlib.suppress(asyncio.CancelledError):
+                    await waiting
                 raise ClientDisconnect
         if waiting.cancelled():
             raise Refusal(503, "the server is stopping")

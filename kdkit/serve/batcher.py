@@ -123,8 +123,7 @@ class Batcher:
     def _compute(self, batch: list[Job]) -> None:
         try:
             results = self._results(batch)
-        except (KdkitError, RuntimeError, ValueError, MemoryError) as error:
-            # Such as out of memory: the clients are told, the server goes on.
+        except Exception as error:  # noqa: BLE001 - whatever a model raises, its clients are told and the server goes on
             problem = error if isinstance(error, KdkitError) else StageError(type(error).__name__)
             problem.__cause__ = None if problem is error else error
             for job in batch:

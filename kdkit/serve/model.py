@@ -7,6 +7,7 @@ k largest log-probabilities are kept.
 from __future__ import annotations
 
 import copy
+import hashlib
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from kdkit.api.data import Completion, Example, Message
 from kdkit.models.chat import ChatEncoder, Encoded
 from kdkit.models.heads import split, verify_split
 from kdkit.models.load import Vocabulary, load_model, load_tokenizer, vocabulary
+from kdkit.models.locate import fingerprint
 from kdkit.train.batching import collate
 from kdkit.train.divergences import upcast
 from kdkit.train.objective import block_tokens, valid_hidden
@@ -73,6 +75,8 @@ class ServedModel:
         self._lock = threading.Lock()
         self._stops = stop_ids(self._model, self._encoder)
         self.vocabulary: Vocabulary = vocabulary(self._tokenizer, self._model)
+        told = (fingerprint(artifact.path), artifact.keep_layers, str(dtype))
+        self.fingerprint: str = hashlib.sha256(repr(told).encode()).hexdigest()
         limit = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
         self.context: int | None = limit if isinstance(limit, int) and limit > 0 else None
 

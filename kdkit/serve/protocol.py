@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Final, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from kdkit.api.params import Sampling
 from kdkit.serve.limits import Limits, Refusal
@@ -35,6 +35,9 @@ _HARMLESS: Final[dict[str, tuple[Any, ...]]] = {
 }
 """Fields of the protocol that this server lacks, with the values that mean the same as leaving them out."""
 
+_COLDEST: Final = 1e-5
+"""Temperatures below this one mean greedy decoding: logits divided by them would be infinite."""
+
 R = TypeVar("R", bound="_Request")
 
 
@@ -59,13 +62,22 @@ class _Request(BaseModel):
         return value
 
     def sampling(self, new_tokens: int) -> Sampling:
-        """Decoding as the protocol means it: temperature 1 unless told otherwise, 0 is greedy."""
+        """Decoding as the protocol means it: temperature 1 unless told otherwise, (nearly) 0 is greedy."""
         temperature = 1.0 if self.temperature is None else self.temperature
-        if temperature == 0:
+        if temperature < _COLDEST:
             return Sampling(max_new_tokens=new_tokens)
         top_k = self.top_k if self.top_k is not None and self.top_k > 0 else 0
         top_p = 1.0 if self.top_p is None else self.top_p
         return Sampling(do_sample=True, temperature=temperature, top_p=top_p, top_k=top_k, max_new_tokens=new_tokens)
+
+
+def _whole(text: str) -> str:
+    """The text. JSON can have halves of characters, which no tokenizer takes: ``ValueError`` then."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("is not valid Unicode text") from error
+    return text
 
 
 class ChatMessage(BaseModel):
@@ -74,7 +86,7 @@ class ChatMessage(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
 
     role: Literal["system", "user", "assistant", "tool"]
-    content: str
+    content: Annotated[str, AfterValidator(_whole)]
 
 
 class ChatRequest(_Request):
@@ -114,6 +126,10 @@ class CompletionRequest(_Request):
             raise Refusal(400, f"{len(prompts)} prompts in one request; at most {limits.prompts} are allowed")
         if any(len(prompt) == 0 for prompt in prompts):
             raise Refusal(400, "a prompt is empty")
+        try:
+            "".join(prompt for prompt in prompts if isinstance(prompt, str)).encode()
+        except UnicodeEncodeError as error:
+            raise Refusal(400, "a prompt is not valid Unicode text") from error
         for name in ("logprobs", "prompt_logprobs"):
             if (getattr(self, name) or 0) > limits.top_k:
                 raise Refusal(400, f"{name} is {getattr(self, name)}; at most {limits.top_k} are allowed")

@@ -12,7 +12,15 @@ if TYPE_CHECKING:
     from kdkit.api import Completion
     from kdkit.serve.model import Scored
 
-__all__ = ["Piece", "chat_reply", "completion_reply", "echo_logprobs", "error_reply", "prompt_logprobs"]
+__all__ = ["Maker", "Piece", "chat_reply", "completion_reply", "echo_logprobs", "error_reply", "prompt_logprobs"]
+
+
+@dataclass(frozen=True, slots=True)
+class Maker:
+    """Who answers: the model's name, and a fingerprint of its weights and their precision."""
+
+    model: str
+    fingerprint: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,24 +38,25 @@ def error_reply(status: int, message: str) -> dict[str, Any]:
     return {"error": {"message": message, "type": kind, "param": None, "code": status}}
 
 
-def chat_reply(model: str, piece: Piece) -> dict[str, Any]:
+def chat_reply(maker: Maker, piece: Piece) -> dict[str, Any]:
     """Body of an answer to messages."""
     message = {"role": "assistant", "content": piece.completion.text}
     choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": _reason(piece)}
-    return {**_head("chatcmpl", "chat.completion", model), "choices": [choice], "usage": _usage([piece])}
+    return {**_head("chatcmpl", "chat.completion", maker), "choices": [choice], "usage": _usage([piece])}
 
 
-def completion_reply(model: str, pieces: Sequence[Piece], choices: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def completion_reply(maker: Maker, pieces: Sequence[Piece], choices: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Body of an answer to raw prompts; ``choices`` have text and log-probabilities."""
     numbered = [
         {"index": index, "finish_reason": _reason(piece), **choice}
         for index, (piece, choice) in enumerate(zip(pieces, choices, strict=True))
     ]
-    return {**_head("cmpl", "text_completion", model), "choices": numbered, "usage": _usage(pieces)}
+    return {**_head("cmpl", "text_completion", maker), "choices": numbered, "usage": _usage(pieces)}
 
 
-def _head(prefix: str, kind: str, model: str) -> dict[str, Any]:
-    return {"id": f"{prefix}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": model}
+def _head(prefix: str, kind: str, maker: Maker) -> dict[str, Any]:
+    made = {"model": maker.model, "system_fingerprint": maker.fingerprint}
+    return {"id": f"{prefix}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), **made}
 
 
 def _reason(piece: Piece) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import socket
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from kdkit.api.errors import EnvironmentUnmet, RecipeError
 
@@ -18,6 +20,40 @@ if TYPE_CHECKING:
 __all__ = ["HttpServer", "check_host", "listen"]
 
 _GRACE_SECONDS: Final = 5
+HEAD_SECONDS: Final = 30.0
+"""Time for sending the head of a request; for the body there is ``Limits.body_seconds``."""
+
+
+class _InTime(H11Protocol):
+    """A connection that is closed when the head of a request does not come in time; uvicorn waits for it for ever."""
+
+    _late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Start to wait for the first request."""
+        super().connection_made(transport)
+        self._wait(transport)
+
+    def data_received(self, data: bytes) -> None:
+        """A whole head ends the waiting; the first bytes of the next one start it again."""
+        super().data_received(data)
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._end()
+        elif self._late is None:
+            self._wait(self.transport)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Nothing is waited for."""
+        self._end()
+        super().connection_lost(exc)
+
+    def _wait(self, transport: asyncio.Transport) -> None:
+        self._late = self.loop.call_later(HEAD_SECONDS, transport.close)
+
+    def _end(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
 
 
 class HttpServer(uvicorn.Server):
@@ -27,6 +63,7 @@ class HttpServer(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
+                http=_InTime,
                 log_level="error",
                 access_log=False,
                 server_header=False,

@@ -45,7 +45,7 @@ def log_classes(x: TokenLossInputs, temperature: float) -> tuple[Tensor, Tensor]
 
     Raises:
         ConformanceError: No teacher signal, another vocabulary, a top-k signal taken at another temperature, or ids
-            beyond the student's logits.
+            that repeat or lie beyond the student's logits.
     """
     student = torch.log_softmax(upcast(x.student_logits) / temperature, dim=-1)
     if isinstance(x.teacher, Dense):
@@ -68,18 +68,11 @@ def _with_tail(signal: TopK, student: Tensor, temperature: float) -> tuple[Tenso
             f"the top-k signal was taken at temperature {signal.temperature:g}, the loss wants {temperature:g}",
             hint="use the same temperature, or take the signal again",
         )
-    if signal.ids.numel():
-        lowest, highest = (int(v) for v in signal.ids.aminmax())
-        if lowest < 0 or highest >= student.shape[-1]:
-            raise ConformanceError(
-                f"the top-k signal names token {lowest if lowest < 0 else highest}, "
-                f"student and teacher share {student.shape[-1]} entries",
-                hint="take the teacher's top-k over the entries that both models have",
-            )
     kept = signal.logprobs.detach().to(student.dtype)
     # Empty slots are classes without mass in both models, at a finite value so that mixtures have a gradient. They
     # repeat the row's most probable id, which leaves the id they happen to hold in the student's tail.
     empty = kept == -torch.inf
+    _check_ids(signal.ids, empty, student.shape[-1])
     best = signal.ids.gather(-1, kept.argmax(dim=-1, keepdim=True))
     ids = torch.where(empty, best, signal.ids)
     tail = _log_tail(signal, kept, whole=(~empty).sum(dim=-1) == student.shape[-1])
@@ -87,6 +80,29 @@ def _with_tail(signal: TopK, student: Tensor, temperature: float) -> tuple[Tenso
     rest = torch.logsumexp(student.scatter(-1, ids, -torch.inf), dim=-1)
     own = student.gather(-1, ids).masked_fill(empty, _EMPTY)
     return _append(kept.masked_fill(empty, _EMPTY), tail), _append(own, rest)
+
+
+def _check_ids(ids: Tensor, empty: Tensor, size: int) -> None:
+    """Refuse ids [N, K] that, ``empty`` slots aside, are no set of entries below ``size`` at every token."""
+    if not ids.numel():
+        return
+    # Whatever an empty slot holds, it gets an id of its own below zero.
+    places = -1 - torch.arange(ids.shape[-1], device=ids.device)
+    ordered = torch.where(empty, places, ids).sort(dim=-1).values
+    lowest, highest = int(ids.masked_fill(empty, 0).min()), int(ordered[:, -1].max())
+    if lowest < 0 or highest >= size:
+        raise ConformanceError(
+            f"the top-k signal names token {lowest if lowest < 0 else highest}, "
+            f"student and teacher share {size} entries",
+            hint="take the teacher's top-k over the entries that both models have",
+        )
+    # A repeated id would give the student that entry's probability twice: its classes would sum to more than one.
+    again = ordered[:, 1:] == ordered[:, :-1]
+    if bool(again.any()):
+        raise ConformanceError(
+            f"the top-k signal names token {int(ordered[:, 1:][again][0])} more than once for one token",
+            hint="every kept entry has an id of its own",
+        )
 
 
 def _log_tail(signal: TopK, kept: Tensor, *, whole: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from kdkit.api import Message, Sampling
 from kdkit.api.artifacts import Model
 from kdkit.api.data import Example
-from kdkit.api.errors import EnvironmentUnmet, KdkitError, ModelError, StageError
+from kdkit.api.errors import EnvironmentUnmet, KdkitError, ModelError, RecipeError, StageError
 from kdkit.models.chat import Encoded
 from kdkit.models.pretrained import quiet
 from kdkit.plugins.teachers import openai_http
@@ -399,7 +399,7 @@ def test_slow_answers_are_given_up(make, server):
     teacher = make(timeout=1.0)
     assert len(teacher.signals(pack(ROWS)).ids) == 6
     server.script.answer = failing(10**6, lambda _h, _b: gate.wait(20) and None)
-    with pytest.raises(EnvironmentUnmet, match=r"no answer within 0.2 s \(1 attempt\)"):
+    with pytest.raises(EnvironmentUnmet, match=r"no whole answer within 0.2 s \(1 attempt\)"):
         make(timeout=0.2, max_retries=0).signals(pack(ROWS[:1]))
     gate.set()
 
@@ -408,6 +408,26 @@ def test_an_answer_that_drips_is_given_up(make, server):
     server.script.answer = scoring(lambda h, b, _v: drip(h, b))
     with pytest.raises(EnvironmentUnmet, match=r"no whole answer within 0\.3 s"):
         make(timeout=0.3, max_retries=0).signals(pack(ROWS[:1]))
+
+
+@pytest.mark.parametrize("piece", [b"X-Filler: 1\r\n", b"HTTP/1.1 102 Processing\r\n\r\n"])
+def test_a_head_that_drips_is_given_up(make, server, piece):
+    ended = threading.Event()
+
+    def drip_head(handler, _body, _value):
+        if piece.startswith(b"X"):
+            handler.wfile.write(b"HTTP/1.1 200 OK\r\n")
+        handler.close_connection = True
+        while not ended.wait(0.05):
+            try:
+                handler.wfile.write(piece)
+            except OSError:
+                ended.set()
+
+    server.script.answer = scoring(drip_head)
+    with pytest.raises(EnvironmentUnmet, match=r"no whole answer within 0\.3 s"):
+        make(timeout=0.3, max_retries=0).signals(pack(ROWS[:1]))
+    assert ended.wait(30), "the connection stayed open"
 
 
 def test_a_server_that_is_not_there_is_the_environment(make, server):
@@ -479,6 +499,14 @@ def with_choice(edit):
     return scoring(change)
 
 
+def twice(value):
+    """The answer with two values for one token: a reader takes the last, which is the right one here."""
+    entry = value["choices"][0]["prompt_logprobs"][4]
+    name = next(iter(entry))
+    whole = json.dumps(entry)
+    return json.dumps(value).replace(whole, f'{{"{name}": {{"logprob": -5.0}}, {whole[1:]}').encode()
+
+
 def huge(handler, _body, _value):
     handler.send_response(200)
     handler.send_header("Content-Length", str(10**12))
@@ -505,7 +533,22 @@ WRONG = {
     "integer": (at(4, lambda e: last(e).update(logprob=-(10**400))), "not finite|no whole JSON"),
     "fewer": (at(4, lambda e: [e.pop(k) for k in list(e)[:2]]), "has 3 log-probabilities at position 4, 4 were"),
     "none": (changed(lambda es: es.__setitem__(4, None)), "about another token at position 4"),
-    "shifted": (changed(lambda es: es.insert(1, es.pop())), "about another token at position 3"),
+    "shifted": (changed(lambda es: es.insert(1, es.pop())), "about another token at position 1"),
+    "other document": (
+        scoring(lambda _h, b, _v: right({**b, "prompt": [99, 98, 97, *b["prompt"][3:]]})),
+        "another token at position 1",
+    ),
+    "first token": (
+        changed(lambda es: es.__setitem__(0, {"10": {"logprob": -0.1}})),
+        "of the first token, which nothing comes before",
+    ),
+    "twice": (scoring(lambda h, _b, v: h.send_bytes(twice(v))), "has 25 twice in one mapping"),
+    "raw logits": (
+        at(4, lambda e: [x.update(logprob=-20.0 - i) for i, x in enumerate(e.values())]),
+        "at position 4 that are too small for the 4 largest",
+    ),
+    "another model": (scoring(lambda _h, _b, v: {**v, "model": "cheap"}), "is of cheap, earlier ones were of no name"),
+    "another set-up": (scoring(lambda _h, _b, v: {**v, "system_fingerprint": "fp_2"}), "is of fp_2, earlier ones were"),
     "other ids": (scoring(lambda _h, b, _v: right({**b, "prompt": [i + 1 for i in b["prompt"]]})), "another token"),
     "one short": (changed(lambda es: es.pop()), "has 4 positions for 5 tokens"),
     "one more": (changed(lambda es: es.append({})), "has 6 positions for 5 tokens"),
@@ -577,6 +620,30 @@ def test_one_wrong_answer_ends_the_others(make, server):
         make().signals(pack(ROWS))
 
 
+@pytest.mark.parametrize("host", ["a..b", "xn--a", "a" * 64])
+def test_an_address_without_a_host_is_one_line(make, host):
+    with pytest.raises(RecipeError, match="names no host"):
+        make(base_url=f"http://{host}/v1")
+
+
+def test_log_probabilities_are_asked_for_at_temperature_one(make, server):
+    make().signals(pack(ROWS))
+    assert {body["temperature"] for body in server.script.requests} == {1}
+
+
+@pytest.mark.parametrize(
+    ("entry", "told"),
+    [
+        ({}, None),
+        ({"fingerprint": "abc"}, "fingerprint abc"),
+        ({"root": "/models/a\n", "fingerprint": 5}, "root /models/a"),
+    ],
+)
+def test_what_a_server_says_about_the_weights_is_kept(make, server, entry, told):
+    server.script.models = {"data": [{"id": "m", **entry}]}
+    assert make().identity() == told
+
+
 # --- the key ----------------------------------------------------------------------------------------------------------
 
 
@@ -590,6 +657,16 @@ def test_a_refused_key_is_the_environment_and_stays_secret(make, server, status)
     assert KEY not in str(error.value)
     with pytest.raises(EnvironmentUnmet, match=r"a key is wanted.*name its variable as api_key_env"):
         make().generate(SAY, Sampling(), 0)
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [("http://192.0.2.1:8000/v1", True), ("https://192.0.2.1/v1", False), ("http://127.0.0.1:1/v1", False)],
+)
+def test_a_key_that_others_can_read_is_said(make, address, shown):
+    said = make(base_url=address, api_key_env="TEACHER_KEY").context.lines
+    assert said == ([f"{address} is no https address: others on the way can read the key"] if shown else [])
+    assert make(base_url=address).context.lines == []
 
 
 def test_the_key_is_sent_to_this_server_only(make, server):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import math
 import socket
@@ -13,6 +15,7 @@ import pytest
 import torch
 
 import kdkit.serve.app
+import kdkit.serve.run
 from kdkit.api import Sampling
 from kdkit.api.artifacts import Model
 from kdkit.api.data import Message
@@ -162,6 +165,18 @@ def test_models_say_what_clients_need(url, served):
     assert entry["id"] == "t"
     assert entry["max_logprobs"] == 259
     assert entry["vocabulary"]["fingerprint"] == served.vocabulary.fingerprint
+    assert entry["fingerprint"] == served.fingerprint
+    answer = post(url, prompt=IDS, max_tokens=1).json()
+    assert (answer["model"], answer["system_fingerprint"]) == ("t", f"fp_{served.fingerprint[:16]}")
+
+
+def test_the_fingerprint_is_that_of_weights_layers_and_precision(teacher_dir, served, tmp_path):
+    def of(path=teacher_dir, dtype=torch.float32, **values):
+        return ServedModel(Model(path=path, **values), dtype=dtype, device="cpu").fingerprint
+
+    assert of(name="another name") == served.fingerprint
+    others = {of(dtype=torch.bfloat16), of(keep_layers=2), of(save_tiny_model(tmp_path / "m", layers=3, seed=2))}
+    assert len(others - {served.fingerprint}) == 3
 
 
 def test_without_the_key_nothing_is_answered(start):
@@ -232,11 +247,81 @@ def test_a_body_that_drips_is_given_up(start):
         assert b" 408 " in raw.recv(4096)
 
 
+def test_a_head_that_drips_is_given_up(start, monkeypatch):
+    monkeypatch.setattr(kdkit.serve.run, "HEAD_SECONDS", 0.3)
+    url = start().url
+    port = int(url.rpartition(":")[2].removesuffix("/v1"))
+    for before in (b"", b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"):
+        with socket.create_connection(("127.0.0.1", port), timeout=30) as raw:
+            raw.sendall(before)
+            if before:
+                assert b" 200 " in raw.recv(4096)
+            left = 200
+            with contextlib.suppress(ConnectionError):
+                while left:
+                    raw.sendall(b"POST /v1/completions HTTP/1.1\r\n" if left == 200 else b"X-Filler: 1\r\n")
+                    left -= 1
+                    time.sleep(0.05)
+            assert left, "the connection stayed open"
+
+
+def test_an_answer_may_take_longer_than_a_head(start, monkeypatch, served):
+    monkeypatch.setattr(kdkit.serve.run, "HEAD_SECONDS", 0.1)
+    answer = served.answer
+    monkeypatch.setattr(served, "answer", lambda *values: time.sleep(0.5) or answer(*values))
+    assert post(start().url, prompt=IDS, max_tokens=1).status_code == 200
+
+
+def test_half_characters_are_refused(start):
+    url = start().url
+    for path, body in (
+        ("completions", b'{"model": "t", "prompt": "\\ud800"}'),
+        ("completions", b'{"model": "t", "prompt": ["a", "\\udfff"]}'),
+        ("chat/completions", b'{"model": "t", "messages": [{"role": "user", "content": "\\ud800"}]}'),
+    ):
+        headers = {"Content-Type": "application/json"}
+        refused = httpx.post(f"{url}/{path}", content=body, headers=headers, trust_env=False)
+        assert refused.status_code == 400
+        assert "not valid Unicode" in message(refused)
+
+
+def test_tokens_that_the_model_lacks_are_refused_also_in_texts(start, tmp_path):
+    path = save_tiny_model(tmp_path / "m")
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<added later>"])
+    tokenizer.save_pretrained(path)
+    url = start(model=ServedModel(Model(path=path, name="t"), dtype=torch.float32, device="cpu")).url
+    refused = post(url, prompt="a <added later>", max_tokens=0, echo=True, prompt_logprobs=1)
+    assert (refused.status_code, message(refused)) == (400, "a token id is outside the vocabulary, 0 to 258")
+    chat = post(url, "/chat/completions", messages=[{"role": "user", "content": "a <added later>"}])
+    assert chat.status_code == 400
+    assert post(url, prompt="a", max_tokens=1).status_code == 200
+
+
+def test_a_temperature_near_zero_is_greedy(url):
+    texts = [choice(url, prompt="Say ", max_tokens=12, temperature=t)["text"] for t in (0, 1e-300, 1e-6)]
+    assert texts[0] == texts[1] == texts[2] != ""
+
+
+def test_whatever_the_model_raises_the_server_goes_on():
+    model = Blocked()
+    model.score = lambda prompts, k: [][k]
+    batcher = Batcher(model, Limits())
+    job, other = ScoreJob((1, 2), 3), AnswerJob((1,), Sampling(max_new_tokens=4), 5)
+    batcher.submit([job])
+    with pytest.raises(StageError, match="IndexError"):
+        job.result.result(30)
+    batcher.submit([other])
+    assert other.result.result(30) == "said"
+    assert batcher.close(30)
+
+
 class Blocked:
     """A model that computes when it is told to."""
 
     vocabulary = SimpleNamespace(size=259, fingerprint="f", tokens=259)
     context = 64
+    fingerprint = "f" * 64
 
     def __init__(self):
         self.go, self.busy, self.calls = threading.Event(), threading.Event(), []
@@ -267,7 +352,7 @@ def test_more_requests_than_allowed_are_asked_to_come_again(start):
     assert message(first.result()) == "the model failed: RuntimeError"
 
 
-def test_jobs_of_clients_that_left_are_dropped(start, monkeypatch):
+def test_jobs_of_clients_that_left_are_dropped(start, monkeypatch, caplog):
     monkeypatch.setattr(kdkit.serve.app, "_GONE_SECONDS", 0.02)
     model = Blocked()
     running = start(model=model)
@@ -284,6 +369,8 @@ def test_jobs_of_clients_that_left_are_dropped(start, monkeypatch):
         first.result()
     assert running.batcher.close(30)
     assert model.calls == [[tuple(IDS)]]
+    gc.collect()
+    assert not caplog.records, "asyncio reports what nobody waited for"
 
 
 def test_a_batch_has_one_kind_of_work_and_a_bound():

@@ -180,6 +180,38 @@ def test_a_server_killed_midway_keeps_what_is_finished(start, served, tmp_path, 
     assert sum(asked) == 6
 
 
+@pytest.mark.parametrize("kind", ["generate", "distill"])
+def test_another_model_under_the_same_name_is_noticed_on_resume(
+    start, served, tmp_path, teacher_dir, student, monkeypatch, kind
+):
+    monkeypatch.setattr("kdkit.plugins.stages.generating._verdict", lambda *_, **__: "kept")
+    url = start(key=KEY).url
+    stage = generate(url, teacher_dir) if kind == "generate" else distill(url, teacher_dir, student)
+    work = "answer" if kind == "generate" else "score"
+    whole = getattr(served, work)
+    calls = []
+
+    def dies(*values):
+        calls.append(1)
+        if len(calls) > 1:
+            raise RuntimeError("killed")
+        return whole(*values)
+
+    monkeypatch.setattr(served, work, dies)
+    assert not run(tmp_path, {"s": stage}).ok
+    monkeypatch.setattr(served, work, whole)
+    before = served.fingerprint
+    monkeypatch.setattr(served, "fingerprint", "0" * 64)
+    result = run(tmp_path, {"s": stage})
+    assert result.exit_code == ExitCode.INVALID
+    assert f"another one than when this stage began: fingerprint {'0' * 64}, before fingerprint {before}" in str(
+        result.error
+    )
+    monkeypatch.setattr(served, "fingerprint", before)
+    result = run(tmp_path, {"s": stage})
+    assert result.ok, result.error
+
+
 def test_speed_settings_stay_out_of_the_content_key(start, tmp_path, teacher_dir, monkeypatch):
     monkeypatch.setattr("kdkit.plugins.stages.generating._verdict", lambda *_, **__: "kept")
     url = start(key=KEY).url

@@ -144,6 +144,28 @@ def test_top_k_ids_beyond_the_shared_vocabulary_are_refused():
         kdkit.build("loss", "forward-kl")(TokenLossInputs(logits(0), signal, labels()))
 
 
+@pytest.mark.parametrize("name", ["forward-kl", "reverse-kl", "jsd", "tvd"])
+def test_an_entry_that_is_there_twice_is_refused(name):
+    signal = top_k(logits(1), 3)
+    signal.ids[2, 2] = signal.ids[2, 0]
+    with pytest.raises(ConformanceError, match=f"names token {int(signal.ids[2, 0])} more than once"):
+        kdkit.build("loss", name)(TokenLossInputs(logits(0), signal, labels()))
+
+
+def test_empty_slots_may_hold_any_id():
+    student = torch.randn(2, 6, dtype=torch.float64)
+    logprobs = torch.tensor([[0.7, 0.1, 0.0, 0.0], [0.5, 0.2, 0.1, 0.0]], dtype=torch.float64).log()
+    results = []
+    for rest in ([0, 0, 0], [5, 5, 1]):
+        ids = torch.tensor([[3, 4, rest[0], rest[1]], [2, 0, 5, rest[2]]])
+        x = TokenLossInputs(student, TopK(ids, logprobs), torch.zeros(2, dtype=torch.int64))
+        results.append(forward_kl(*log_classes(x, 1.0)))
+    assert torch.equal(*results)
+    p, q = torch.tensor([0.7, 0.1, 0.2], dtype=torch.float64), student[0].softmax(-1)
+    own = torch.stack([q[3], q[4], 1 - q[3] - q[4]])
+    assert float(results[0][0]) == pytest.approx(float((p * (p / own).log()).sum()), rel=1e-12)
+
+
 def test_a_stored_temperature_is_the_same_temperature():
     signal = top_k(logits(1), 3, 0.9)
     stored = TopK(signal.ids, signal.logprobs, temperature=float(torch.tensor(0.9)))

@@ -34,7 +34,9 @@ class ForwardKLParams(DivergenceParams):
 
 
 class ReverseKLParams(DivergenceParams):
-    """Reverse KL from the student to the teacher: keeps to what the teacher does most."""
+    """Reverse KL from the student to the teacher: keeps to what the teacher does most. It is infinite where the teacher
+    alone rules a token out (a logit of -inf); ``jsd`` and ``skew-reverse-kl`` are finite there.
+    """
 
 
 class JSDParams(DivergenceParams):

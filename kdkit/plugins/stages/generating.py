@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 from kdkit.api.artifacts import Dataset
 from kdkit.api.errors import DataError, Stopped
 from kdkit.models.examples import example_to_json
+from kdkit.plugins.stages.served import check_same_teacher
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,6 +41,7 @@ def run(params: GenerateParams, ctx: StageContext) -> StageOutputs:
     if not all(file.exists() for file in files):
         teacher = ctx.build(params.teacher)
         try:
+            check_same_teacher(teacher, ctx)
             _answer(chunks, files, teacher, params, ctx)
         finally:
             teacher.close()

@@ -21,6 +21,7 @@ from kdkit.models.heads import verify_split
 from kdkit.models.load import check_same_vocabulary, load_model, load_tokenizer, vocabulary
 from kdkit.models.save import read_provenance, save_model
 from kdkit.plugins.stages.plugin import DistillParams, OwnAnswers
+from kdkit.plugins.stages.served import check_same_teacher
 from kdkit.train.alignment import encode_aligned
 from kdkit.train.encoding import encode_rows
 from kdkit.train.loop import Task, TrainResult, train
@@ -90,6 +91,8 @@ def _train(
         encoder = CutEncoder(student.tokenizer)
     elif teacher is not None:
         shared = check_same_vocabulary(own, teacher.vocabulary)
+    if teacher is not None:
+        check_same_teacher(teacher, ctx)
     encode = partial(_encode, encoder=encoder, reader=reader, params=params, ctx=ctx)
     precision = ctx.precision(params.precision)
     compute = torch.bfloat16 if precision == "bf16" else torch.float32

@@ -19,7 +19,7 @@ from kdkit.models.load import Vocabulary, load_tokenizer, vocabulary
 from kdkit.models.pretrained import read_config
 from kdkit.plugins.teachers.openai_http import Server
 from kdkit.plugins.teachers.openai_logprobs import FormMissing, Table, completion, top_table
-from kdkit.plugins.teachers.openai_probe import PROBE, Ability, answer_bytes, check_model, probe
+from kdkit.plugins.teachers.openai_probe import PROBE, Ability, answer_bytes, check_model, maker, probe, scoring
 from kdkit.train.packing import unpack
 
 if TYPE_CHECKING:
@@ -85,10 +85,12 @@ class OpenAITeacher:
             key_name=params.api_key_env,
             timeout=params.timeout,
             max_retries=params.max_retries,
-            concurrency=params.concurrency,
         )
+        if self._server.shows_key:
+            ctx.log(f"{self._server.base_url} is no https address: others on the way can read the key")
         self._pool = ThreadPoolExecutor(params.concurrency, thread_name_prefix="openai-teacher")
         self._known = False
+        self._identity: str | None = None
         self._ability: Ability | None = None
 
     @property
@@ -133,6 +135,16 @@ class OpenAITeacher:
         pairs = zip(prompts, seeds, strict=True)
         return self._all([partial(self._answer, example, sampling, own) for example, own in pairs])
 
+    def identity(self) -> str | None:
+        """What the server says about the weights behind the model's name; None when it says nothing. Asks it once.
+
+        Raises:
+            EnvironmentUnmet: No answer after all attempts, or the key is refused.
+            ModelError: The server has another model or tokenizer.
+        """
+        self._check()
+        return self._identity
+
     def close(self) -> None:
         """Close the connections; requests under way are given up."""
         self._server.close()
@@ -140,7 +152,7 @@ class OpenAITeacher:
 
     def _check(self) -> None:
         if not self._known:
-            check_model(self._server, self._params.model, self._vocabulary)
+            self._identity = check_model(self._server, self._params.model, self._vocabulary)
             self._known = True
 
     def _able(self) -> Ability:
@@ -175,9 +187,13 @@ class OpenAITeacher:
     def _score(self, document: _Document, ability: Ability) -> Table:
         where = f"{self._server.base_url}/completions"
         k, form = ability.top_k, ability.form
-        body = {"model": self._params.model, "prompt": document.ids, "max_tokens": 0, "echo": True, "temperature": 0}
-        limit = answer_bytes(len(document.ids), k)
-        choice = completion(self._server.post("/completions", {**body, **form.fields(k)}, limit=limit), where)
+        body = scoring(self._params.model, document.ids, form, k)
+        answer = self._server.post("/completions", body, limit=answer_bytes(len(document.ids), k))
+        choice = completion(answer, where)
+        if maker(answer) != ability.maker:
+            now, before = self._server.quoted(maker(answer)), self._server.quoted(ability.maker)
+            what = f"the answer is of {now}, earlier ones were of {before}"
+            raise StageError(what, where=where, hint="nothing was trained on it; keep one model under one name")
         try:
             given = form.given(choice, where)
         except FormMissing as error:

@@ -6,17 +6,18 @@ with growing pauses; everything else is refused at once. The key goes into one h
 
 from __future__ import annotations
 
+import contextlib
 import json
 import secrets
+import socket
 import threading
-import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final, NoReturn
 
 import httpx
 
-from kdkit.api.errors import EnvironmentUnmet, KdkitError, StageError
+from kdkit.api.errors import EnvironmentUnmet, KdkitError, RecipeError, StageError
 
 __all__ = ["RefusedRequest", "Server", "quoted"]
 
@@ -56,16 +57,49 @@ class _Again(Exception):
         self.protocol = protocol
 
 
-@dataclass(frozen=True, slots=True)
-class _Deadline:
-    """The end of one attempt, so that a server cannot keep it alive byte by byte."""
+class _Line:
+    """One connection, of one thread. Its attempts end in time, also for a server that keeps them alive byte by byte:
+    the time-outs of a socket start again with every byte, those of headers included.
 
-    seconds: float
-    at: float
+    Args:
+        client: With one connection at most.
+    """
 
-    def check(self) -> None:
-        if time.monotonic() > self.at:
-            raise _Again(f"no whole answer within {self.seconds:g} s")
+    def __init__(self, client: httpx.Client) -> None:
+        self.client = client
+        self._socket: socket.socket | None = None
+        self._cut = threading.Event()
+
+    @contextlib.contextmanager
+    def attempt(self, seconds: float) -> Iterator[Callable[[str, Mapping[str, Any]], None]]:
+        """The connection is cut after so many seconds, which is then an :class:`_Again`; gives the hook for httpx."""
+        self._cut.clear()
+        timer = threading.Timer(seconds, self.cut)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield self._notice
+        except httpx.TransportError as error:
+            if self._cut.is_set():
+                raise _Again(f"no whole answer within {seconds:g} s") from error
+            raise
+        finally:
+            timer.cancel()
+
+    def cut(self) -> None:
+        """End what the connection is waiting for; it cannot be used again."""
+        self._cut.set()
+        if self._socket is not None:
+            with contextlib.suppress(OSError):
+                # Not the method of a TLS socket, which would forget its state under the reading thread.
+                socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
+
+    def _notice(self, event: str, info: Mapping[str, Any]) -> None:
+        """Keep the socket of a new connection, in whatever way it was made."""
+        if event.endswith((".connect_tcp.complete", ".start_tls.complete")):
+            self._socket = info["return_value"].get_extra_info("socket")
+            if self._cut.is_set():
+                self.cut()
 
 
 class Server:
@@ -77,7 +111,9 @@ class Server:
         key_name: The environment variable it came from, for errors.
         timeout: Seconds that one attempt may take, from connecting to the last byte.
         max_retries: Further attempts after the first.
-        concurrency: Connections at most.
+
+    Raises:
+        RecipeError: ``base_url`` names no host.
     """
 
     def __init__(
@@ -88,7 +124,6 @@ class Server:
         key_name: str | None,
         timeout: float,
         max_retries: int,
-        concurrency: int,
     ) -> None:
         self.base_url = base_url.rstrip("/")
         self._key = key
@@ -96,17 +131,21 @@ class Server:
         self._timeout = timeout
         self._max_retries = max_retries
         self._stopped = threading.Event()
-        headers = {"Accept": "application/json", "Accept-Encoding": "identity"}
+        self._host = _host(self.base_url)
+        self._headers = {"Accept": "application/json", "Accept-Encoding": "identity"}
         if key is not None:
-            headers["Authorization"] = f"Bearer {key}"
-        self._client = httpx.Client(
-            headers=headers,
-            timeout=httpx.Timeout(timeout, connect=min(timeout, 10.0), pool=None),
-            limits=httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),
-            follow_redirects=False,
-            # A proxy of the environment is for the outside world.
-            trust_env=httpx.URL(self.base_url).host not in _LOOPBACK,
-        )
+            self._headers["Authorization"] = f"Bearer {key}"
+        # A proxy of the environment is for the outside world.
+        self._outside = self._host not in _LOOPBACK
+        self._tls = httpx.create_ssl_context(trust_env=self._outside)
+        self._own = threading.local()
+        self._lines: list[_Line] = []
+        self._lock = threading.Lock()
+
+    @property
+    def shows_key(self) -> bool:
+        """Whether others on the way can read the key."""
+        return self._key is not None and self._outside and httpx.URL(self.base_url).scheme != "https"
 
     def get(self, path: str, *, limit: int) -> dict[str, Any]:
         """The JSON object at ``path``; see :meth:`post`."""
@@ -128,13 +167,18 @@ class Server:
         return self._ask("POST", path, json.dumps(body).encode(), limit)
 
     def stop(self) -> None:
-        """End pauses and running downloads: their requests fail."""
+        """End pauses and requests under way, which fail."""
         self._stopped.set()
+        with self._lock:
+            for line in self._lines:
+                line.cut()
 
     def close(self) -> None:
         """Close all connections; may be called twice."""
         self.stop()
-        self._client.close()
+        with self._lock:
+            for line in self._lines:
+                line.client.close()
 
     def quoted(self, text: object) -> str:
         """What a server says, fit for one line of ours: without the key, short, printable."""
@@ -144,14 +188,14 @@ class Server:
         url = f"{self.base_url}{path}"
         problem = _Again("stopped")
         for attempt in range(self._max_retries + 1):
+            if self._stopped.is_set():
+                break
             try:
                 return self._attempt(method, url, body, limit)
             except _Again as error:
                 problem = error
             if attempt < self._max_retries:
                 self._pause(attempt, problem)
-            if self._stopped.is_set():
-                break
         raise self._given_up(url, problem)
 
     def _pause(self, attempt: int, problem: _Again) -> None:
@@ -168,24 +212,44 @@ class Server:
         return EnvironmentUnmet(what, where=url, hint=hint)
 
     def _attempt(self, method: str, url: str, body: bytes | None, limit: int) -> dict[str, Any]:
-        deadline = _Deadline(self._timeout, time.monotonic() + self._timeout)
+        line = self._line()
         headers = {"Content-Type": "application/json"} if body is not None else {}
         try:
-            with self._client.stream(method, url, content=body, headers=headers) as response:
+            with (
+                line.attempt(self._timeout) as trace,
+                line.client.stream(method, url, content=body, headers=headers, extensions={"trace": trace}) as response,
+            ):
                 if response.status_code != httpx.codes.OK:
-                    self._refuse(response, url, deadline)
-                data = self._read(response, url, limit, deadline)
+                    self._refuse(response, url)
+                data = self._read(response, url, limit)
         except httpx.TimeoutException as error:
-            raise _Again(f"no answer within {self._timeout:g} s") from error
+            raise _Again(f"no whole answer within {self._timeout:g} s") from error
         except httpx.TransportError as error:
             raise _Again(f"no connection ({self.quoted(error) or type(error).__name__})") from error
         except RuntimeError as error:
-            if not self._client.is_closed:
+            if not line.client.is_closed:
                 raise
             raise _Again("stopped") from error
         return self._decode(data, url)
 
-    def _read(self, response: httpx.Response, url: str, limit: int, deadline: _Deadline) -> bytes:
+    def _line(self) -> _Line:
+        """That of this thread."""
+        line: _Line | None = getattr(self._own, "line", None)
+        if line is None:
+            client = httpx.Client(
+                headers=self._headers,
+                timeout=httpx.Timeout(self._timeout, connect=min(self._timeout, 10.0)),
+                limits=httpx.Limits(max_connections=1, max_keepalive_connections=1),
+                verify=self._tls,
+                follow_redirects=False,
+                trust_env=self._outside,
+            )
+            line = self._own.line = _Line(client)
+            with self._lock:
+                self._lines.append(line)
+        return line
+
+    def _read(self, response: httpx.Response, url: str, limit: int) -> bytes:
         encoding = response.headers.get("Content-Encoding", "identity")
         if encoding.strip().lower() not in {"", "identity"}:
             # Nobody asked for it, and a few bytes may unpack to gigabytes.
@@ -196,26 +260,25 @@ class Server:
             size += len(part)
             if size > limit:
                 raise StageError(f"the answer is larger than the {limit:,} bytes it may have", where=url)
-            deadline.check()
-            if self._stopped.is_set():
-                raise _Again("stopped")
         return b"".join(parts)
 
     def _decode(self, data: bytes, url: str) -> dict[str, Any]:
         try:
-            value = json.loads(data, parse_constant=_no_number)
+            value = json.loads(data, parse_constant=_no_number, object_pairs_hook=_unique)
         except _NoNumber as error:
             raise StageError(f"the answer has the number {error}", where=url, allowed="finite numbers") from error
+        except _Twice as error:
+            raise StageError(f"the answer has {self.quoted(error)} twice in one mapping", where=url) from error
         except (ValueError, RecursionError) as error:
             raise _Again("the answer is no whole JSON", protocol=True) from error
         if not isinstance(value, dict):
             raise StageError(f"the answer is a JSON {type(value).__name__}", where=url, allowed="a JSON object")
         return value
 
-    def _refuse(self, response: httpx.Response, url: str, deadline: _Deadline) -> NoReturn:
+    def _refuse(self, response: httpx.Response, url: str) -> NoReturn:
         """Raise what the status means."""
         status = response.status_code
-        why = self._why(response, deadline)
+        why = self._why(response)
         said = f"HTTP {status}" + (f" ({why})" if why else "")
         if status in _PASSES or (status >= 500 and status != 501):
             raise _Again(said, after=_retry_after(response, url, said))
@@ -229,25 +292,44 @@ class Server:
             raise RefusedRequest(f"refuses the request: {said}", status=status, why=why or said, where=url)
         raise StageError(f"answers {said}", where=url)
 
-    def _why(self, response: httpx.Response, deadline: _Deadline) -> str:
+    def _why(self, response: httpx.Response) -> str:
         """The message in the body of an error, as far as there is one."""
         data = b""
         try:
             for part in response.iter_raw():
                 data += part
-                deadline.check()
                 if len(data) > _PROBLEM_BYTES:
                     return ""
             value = json.loads(data)
-        except (httpx.HTTPError, _Again, ValueError, RecursionError):
+        except (httpx.HTTPError, ValueError, RecursionError):
             return ""
         for name in ("error", "message", "detail"):
             value = value.get(name, value) if isinstance(value, dict) else value
         return self.quoted(value) if isinstance(value, str) else ""
 
 
+def _host(base_url: str) -> str:
+    try:
+        host = httpx.URL(base_url).host
+        host.encode("idna")
+    except (httpx.InvalidURL, UnicodeError) as error:
+        raise RecipeError(f"{quoted(base_url)} names no host", where="teacher.base_url") from error
+    return host
+
+
 class _NoNumber(Exception):
     """NaN or an infinity, which JSON does not have and Python reads."""
+
+
+class _Twice(Exception):
+    """A name that stands twice in one mapping: of its two values, neither is to be trusted."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        raise _Twice(Counter(name for name, _ in pairs).most_common(1)[0][0])
+    return value
 
 
 def _no_number(name: str) -> NoReturn:

@@ -21,6 +21,10 @@ _POSITIVE: Final = 1e-4
 """A log-probability may round to this much above zero."""
 _EXCESS: Final = 1e-3
 """Probability that the entries of a position may have beyond one, from rounding."""
+_SHORT: Final = 1e-2
+"""Probability that may be missing, from rounding."""
+_WIDER: Final = 2
+"""A server's head may have more rows than ours, though never so many."""
 _TOKEN: Final = re.compile(r"token_id:(0|[1-9][0-9]{0,9})")
 _ID: Final = re.compile(r"0|[1-9][0-9]{0,9}")
 
@@ -103,19 +107,31 @@ def top_table(given: Given, sent: Sequence[int], positions: Sequence[int], k: in
     Raises:
         StageError: The answer is about other tokens, has fewer than k, or numbers that are no log-probabilities.
     """
-    if len(given.entries) != len(sent):
-        raise _wrong(f"has {len(given.entries)} positions for {len(sent)} tokens", where)
+    _check_document(given, sent, where)
     ids, values = np.zeros((len(positions), k), np.int64), np.zeros((len(positions), k), np.float64)
     for row, position in enumerate(positions):
-        entry = given.about(sent[position], position)
-        if entry is None:
-            raise _wrong(f"is about another token at position {position} than the one that was sent", where)
+        entry = given.entries[position] or {}
         if len(entry) < k:
             raise _wrong(f"has {len(entry)} log-probabilities at position {position}, {k} were asked for", where)
         _fill(ids[row], values[row], entry, k, where)
+        # Nothing that was left out is more probable than the last entry, so these bound what can be missing.
+        most = float(np.exp(values[row]).sum() + _WIDER * (size - k) * np.exp(values[row, -1]))
+        if most < 1 - _SHORT:
+            raise _wrong(f"has probabilities at position {position} that are too small for the {k} largest", where)
     if ids.size and ids.max() >= size:
         raise _wrong(f"names token {ids.max()}, the tokenizer's model has {size:,}", where)
     return Table(ids, np.minimum(values, 0).astype(np.float32))
+
+
+def _check_document(given: Given, sent: Sequence[int], where: str) -> None:
+    """Refuse an answer about other tokens than ``sent``; also where nothing is learned, so that none is mixed up."""
+    if len(given.entries) != len(sent):
+        raise _wrong(f"has {len(given.entries)} positions for {len(sent)} tokens", where)
+    if sent and given.entries[0]:
+        raise _wrong("has log-probabilities of the first token, which nothing comes before", where)
+    for position in range(1, len(sent)):
+        if given.about(sent[position], position) is None:
+            raise _wrong(f"is about another token at position {position} than the one that was sent", where)
 
 
 def _fill(ids: np.ndarray, values: np.ndarray, entry: Entry, k: int, where: str) -> None:

@@ -6,6 +6,7 @@ and would take our token ids for other words.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
@@ -16,7 +17,7 @@ from kdkit.plugins.teachers.openai_logprobs import FORMS, Entry, Form, FormMissi
 if TYPE_CHECKING:
     from kdkit.models.load import Vocabulary
 
-__all__ = ["PROBE", "Ability", "answer_bytes", "check_model", "probe"]
+__all__ = ["PROBE", "Ability", "answer_bytes", "check_model", "maker", "probe", "scoring"]
 
 PROBE: Final = "The quick brown fox jumps over 1024 lazy dogs; Größe, naïve, 東京.\n\tdef f(x): return x**2 != -1"
 _RUNGS: Final = (512, 256, 128, 64, 32, 20, 16, 10, 8, 5, 4, 3, 2, 1)
@@ -26,10 +27,22 @@ _SHOWN: Final = 5
 
 @dataclass(frozen=True, slots=True)
 class Ability:
-    """How to ask a server: the form it knows and how many log-probabilities it gives per token."""
+    """How to ask a server: the form it knows and how many log-probabilities it gives per token; and who answered."""
 
     form: Form
     top_k: int
+    maker: str
+
+
+def maker(answer: Mapping[str, Any]) -> str:
+    """Who made an answer, as it says: the model's name, and the fingerprint that the protocol has for its set-up."""
+    told = (answer.get("model"), answer.get("system_fingerprint"))
+    return " ".join(part for part in told if isinstance(part, str)) or "no name"
+
+
+def scoring(model: str, prompt: str | Sequence[int], form: Form, k: int) -> dict[str, Any]:
+    """The body of a request for log-probabilities; at temperature 1 for servers that would apply another one."""
+    return {"model": model, "prompt": prompt, "max_tokens": 0, "echo": True, "temperature": 1, **form.fields(k)}
 
 
 def answer_bytes(tokens: int, k: int) -> int:
@@ -37,10 +50,14 @@ def answer_bytes(tokens: int, k: int) -> int:
     return 2**20 + tokens * (k + 1) * 400
 
 
-def check_model(server: Server, model: str, vocabulary: Vocabulary | None) -> None:
+def check_model(server: Server, model: str, vocabulary: Vocabulary | None) -> str | None:
     """Check that the server has ``model`` and, where it says so, that its vocabulary is ours.
 
     A server without a list of models is taken at its word.
+
+    Returns:
+        What the list says about the weights behind the name: ``fingerprint`` (kdkit serve-teacher), ``root`` (vLLM: the
+        model's directory or id); None when it says neither.
 
     Raises:
         ModelError: It has other models, or another vocabulary.
@@ -50,9 +67,9 @@ def check_model(server: Server, model: str, vocabulary: Vocabulary | None) -> No
     try:
         listed = server.get("/models", limit=_MODELS_BYTES).get("data")
     except RefusedRequest:
-        return
+        return None
     if not isinstance(listed, list):
-        return
+        return None
     entries = {item["id"]: item for item in listed if isinstance(item, dict) and isinstance(item.get("id"), str)}
     if model not in entries:
         names = ", ".join(map(server.quoted, list(entries)[:_SHOWN])) or "none"
@@ -62,6 +79,8 @@ def check_model(server: Server, model: str, vocabulary: Vocabulary | None) -> No
     given = theirs.get("fingerprint") if isinstance(theirs, dict) else None
     if vocabulary is not None and isinstance(given, str) and given != vocabulary.fingerprint:
         _other_tokenizer(where)
+    told = [(name, entries[model].get(name)) for name in ("fingerprint", "root")]
+    return ", ".join(f"{name} {server.quoted(value)}" for name, value in told if isinstance(value, str)) or None
 
 
 def probe(server: Server, model: str, ids: list[int], size: int, asked: int, *, exact: bool) -> Ability:
@@ -100,16 +119,15 @@ def _climb(server: Server, model: str, form: Form, ids: list[int], size: int, as
     """The most that the server gives: servers cut a number that is too large, or refuse it."""
     why = ""
     for k in (asked, *(rung for rung in _RUNGS if rung < asked)):
-        body = {"model": model, "prompt": PROBE, "max_tokens": 0, "echo": True, "temperature": 0, **form.fields(k)}
         try:
-            answer = server.post("/completions", body, limit=answer_bytes(4 * len(PROBE), k))
+            answer = server.post("/completions", scoring(model, PROBE, form, k), limit=answer_bytes(4 * len(PROBE), k))
         except RefusedRequest as error:
             # The first refusal is about what was asked for; later ones may be about less.
             why = why or error.why
             if error.status in {404, 405, 501}:
                 break
             continue
-        return Ability(form, _count(answer, form, ids, size, k, f"{server.base_url}/completions"))
+        return Ability(form, _count(answer, form, ids, size, k, f"{server.base_url}/completions"), maker(answer))
     raise FormMissing(why)
 
 
