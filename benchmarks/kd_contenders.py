@@ -1,8 +1,8 @@
 """Who takes part in benchmarks/kd_step.py: each trains the same student on the same rows, step by step.
 
-A contender makes exactly one optimiser step for each entry of ``Job.steps``. How long a step takes and what it needs is
-measured from outside, in a hook that torch calls after every step of any optimiser: weights, gradients and optimiser
-state are all in memory there, and nothing else is.
+A contender makes exactly one optimiser step for each entry of ``Job.steps`` and returns the student. How long a step
+takes and what it needs is measured from outside, in a hook that torch calls after every step of any optimiser: weights,
+gradients and optimiser state are all in memory there, and nothing else is.
 """
 
 from __future__ import annotations
@@ -41,15 +41,18 @@ LEARNING_RATE = 1e-5
 
 @dataclass(frozen=True)
 class Job:
-    """What is trained: directories of both models, the rows of every step, precision, device, beta of the JSD."""
+    """What is trained: directories of both models, the rows of every step, precision, device.
+
+    ``recompute``: activations are computed again in the backward pass. ``beta``: of the JSD; 0 is the forward KL.
+    """
 
     student: Path
     teacher: Path
     steps: list[list[Encoded]]
     precision: str = "bf16"
     device: str = "cpu"
+    recompute: bool = False
     beta: float = 0.0
-    checkpointing: bool = False
 
     @property
     def compute(self) -> torch.dtype:
@@ -158,7 +161,7 @@ class Context:
         return False
 
 
-def kdkit(job: Job) -> None:
+def kdkit(job: Job) -> Any:
     """The loop, objective and teacher of a distill stage, with its defaults."""
     with tempfile.TemporaryDirectory() as out:
         ctx = Context(job, Path(out))
@@ -169,12 +172,14 @@ def kdkit(job: Job) -> None:
             per_device_train_batch_size=len(job.steps[0]),
             learning_rate=LEARNING_RATE,
             lr_scheduler_type="constant",
-            gradient_checkpointing=job.checkpointing,
+            weight_decay=0.0,
+            gradient_checkpointing=job.recompute,
             save_steps=10**9,
         )
         term = LossTerm("jsd", 1.0, JSD(job.beta))
         task = Task(student, [term], [_in_order(job, ctx)], [1.0], signals=teacher.signals)
         train(task, params, ctx, compute=job.compute)
+    return student
 
 
 def _in_order(job: Job, ctx: Context) -> list[Encoded]:
@@ -221,8 +226,9 @@ def _arguments(job: Job) -> dict[str, Any]:
         "per_device_train_batch_size": len(job.steps[0]),
         "learning_rate": LEARNING_RATE,
         "lr_scheduler_type": "constant",
+        "weight_decay": 0.0,
         "optim": "adamw_torch_fused",
-        "gradient_checkpointing": job.checkpointing,
+        "gradient_checkpointing": job.recompute,
         "max_grad_norm": 1.0,
         "logging_strategy": "no",
         "save_strategy": "no",
@@ -231,11 +237,13 @@ def _arguments(job: Job) -> dict[str, Any]:
     }
 
 
-def trl_gkd(job: Job) -> None:
-    gkd_trainer(job).train()
+def trl_gkd(job: Job) -> Any:
+    trainer = gkd_trainer(job)
+    trainer.train()
+    return trainer.model
 
 
-def trl_distillation(job: Job) -> None:
+def trl_distillation(job: Job) -> Any:
     """TRL's DistillationTrainer, which always samples its answers: here they are the data's, and cost it nothing."""
     from datasets import Dataset
     from trl import DistillationConfig, DistillationTrainer
@@ -261,13 +269,15 @@ def trl_distillation(job: Job) -> None:
     config = DistillationConfig(
         **_arguments(job), beta=job.beta, temperature=1.0, shuffle_dataset=False, remove_unused_columns=False
     )
-    OnData(
+    trainer = OnData(
         model=student,
         teacher_model=teacher,
         args=config,
         train_dataset=Dataset.from_list(rows),
         processing_class=job.tokenizer(),
-    ).train()
+    )
+    trainer.train()
+    return trainer.model
 
 
 # --- loops of a few lines ---------------------------------------------------------------------------------------------
@@ -276,9 +286,11 @@ Loss = Callable[[Any, Any, Any], torch.Tensor]
 """(student, teacher, padded batch) -> mean over the response tokens."""
 
 
-def _loop(job: Job, loss: Loss) -> None:
+def _loop(job: Job, loss: Loss) -> Any:
     student, teacher = job.models()
-    optimizer = torch.optim.AdamW(student.parameters(), lr=LEARNING_RATE, fused=True)
+    if job.recompute:
+        student.gradient_checkpointing_enable({"use_reentrant": False})
+    optimizer = torch.optim.AdamW(student.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
     half = job.compute == torch.bfloat16
     for rows in job.steps:
         batch = collate(rows, device=job.device)
@@ -288,9 +300,10 @@ def _loop(job: Job, loss: Loss) -> None:
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
+    return student
 
 
-def plain(job: Job) -> None:
+def plain(job: Job) -> Any:
     """What one writes first: padded rows, the full logits of both models, forward KL where there is a response."""
 
     def loss(student: Any, teacher: Any, batch: Any) -> torch.Tensor:
@@ -304,10 +317,10 @@ def plain(job: Job) -> None:
 
     if job.beta:
         raise ValueError("the plain loop knows only the forward KL: beta 0")
-    _loop(job, loss)
+    return _loop(job, loss)
 
 
-def liger(job: Job) -> None:
+def liger(job: Job) -> Any:
     """Liger's chunked JSD over the hidden states of both models, compiled on a GPU."""
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
@@ -325,10 +338,10 @@ def liger(job: Job) -> None:
         value: torch.Tensor = divergence(hidden, heads[0], taught, heads[1], labels)
         return value
 
-    _loop(job, loss)
+    return _loop(job, loss)
 
 
-CONTENDERS: dict[str, Callable[[Job], None]] = {
+CONTENDERS: dict[str, Callable[[Job], Any]] = {
     "kdkit": kdkit,
     "trl-gkd": trl_gkd,
     "trl-distillation": trl_distillation,

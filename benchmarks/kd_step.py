@@ -37,6 +37,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 ROWS = ROOT / ".." / "shared" / "data" / "dolly_en" / "databricks-dolly-15k.partial.jsonl"
 SPEED, MEMORY = 3.0, 1 / 3
+MEASURED_PAIRS = ["smollm2", "qwen-shape"]
 
 
 @dataclass(frozen=True)
@@ -140,20 +141,21 @@ def encode(path: Path, tokenizer: Any, most: int) -> list[Any]:
     )
 
 
-def lay_out(rows: list[Any], layout: str, steps: int, batch: int, max_length: int) -> list[list[Any]]:
-    """The rows of every step."""
+def lay_out(rows: list[Any], layout: str, warmup: int, steps: int, batch: int, max_length: int) -> list[list[Any]]:
+    """The rows of every step, those of the warm-up first."""
+    steps += warmup
     natural = [row for row in rows if len(row.ids) <= max_length][: steps * batch]
     if layout == "equal":
         length = round(statistics.mean(len(row.ids) for row in natural))
         long = [row for row in rows if len(row.ids) >= length and row.learned.index(True) < length // 2]
         natural = [row.cut(length) for row in long[: steps * batch]]
     if layout == "grouped":
-        natural = sorted(natural, key=lambda row: len(row.ids))
+        # The measured rows are those of the natural layout.
+        measured = natural[warmup * batch :]
+        natural = [*natural[: warmup * batch], *sorted(measured, key=lambda row: len(row.ids))]
     if len(natural) < steps * batch:
         raise SystemExit(f"{len(natural)} rows are too few for {steps} steps of {batch}")
-    found = [natural[start : start + batch] for start in range(0, len(natural), batch)]
-    # The longest step is the warm-up, so that no measured step is the first to ask for its memory.
-    return found[::-1] if layout == "grouped" else found
+    return [natural[start : start + batch] for start in range(0, len(natural), batch)]
 
 
 # --- one measurement in a process of its own --------------------------------------------------------------------------
@@ -165,6 +167,8 @@ def child(given: str) -> None:
 
     from kdkit.models.chat import Encoded
 
+    # When memory runs out, it is this process that goes.
+    Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
     facts = json.loads(given)
     directory = Path(facts["directory"])
     written = json.loads(Path(facts["steps"]).read_text(encoding="utf-8"))
@@ -172,14 +176,16 @@ def child(given: str) -> None:
         [Encoded(name, tuple(ids), tuple(place >= prompt for place in range(len(ids)))) for name, ids, prompt in step]
         for step in written
     ]
-    job = Job(directory / "student", directory / "teacher", steps, facts["precision"], facts["device"])
+    job = Job(
+        directory / "student", directory / "teacher", steps, facts["precision"], facts["device"], facts["recompute"]
+    )
     result = agreement(job) if facts["who"] == "agreement" else measure(facts["who"], job, facts["warmup"])
     print(json.dumps(result))
 
 
 def spawn(who: str, directory: Path, steps: Path, precision: str, given: argparse.Namespace) -> dict[str, Any]:
     facts = {"who": who, "directory": str(directory), "steps": str(steps), "precision": precision}
-    facts |= {"device": given.device, "warmup": given.warmup}
+    facts |= {"device": given.device, "warmup": given.warmup, "recompute": given.recompute}
     cores = str(len(os.sched_getaffinity(0)))
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": cores, "MKL_NUM_THREADS": cores}
     command = [sys.executable, __file__, "--child", json.dumps(facts)]
@@ -220,11 +226,11 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
             tokenizer = AutoTokenizer.from_pretrained(directory / "student")
             rows = encode(given.rows, tokenizer, most=60 * given.batch)
             large = pair == "qwen-shape"
-            steps = given.warmup + (given.qwen_steps if large else given.steps)
+            steps = given.qwen_steps if large else given.steps
             limit = given.qwen_max_length if large else given.max_length
             files = {}
             for layout in dict.fromkeys(c.layout for c in wanted if c.pair == pair):
-                laid = lay_out(rows, layout, steps, given.batch, limit)
+                laid = lay_out(rows, layout, given.warmup, steps, given.batch, limit)
                 files[layout] = write_steps(directory, laid, layout)
                 facts["layouts"][f"{pair}/{layout}"] = describe(laid[given.warmup :])
             mine = [c for c in wanted if c.pair == pair]
@@ -314,7 +320,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rows", type=Path, default=ROWS, help="Dolly rows: instruction, context, response, category")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--pairs", nargs="+", choices=tuple(PAIRS), default=["smollm2", "qwen-shape"])
+    parser.add_argument("--pairs", nargs="+", choices=tuple(PAIRS), default=MEASURED_PAIRS)
     parser.add_argument("--who", nargs="+", choices=tuple(TITLES), default=list(TITLES))
     parser.add_argument("--steps", type=int, default=6, help="measured steps of the SmolLM2 pair")
     parser.add_argument("--qwen-steps", type=int, default=2, help="measured steps of the pair in Qwen2.5's shape")
@@ -324,7 +330,8 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=512, help="longest row of the SmolLM2 pair in tokens")
     parser.add_argument("--qwen-max-length", type=int, default=256, help="longest row of the other pair")
     parser.add_argument("--qwen-layers", type=int, nargs=2, default=[24, 12], metavar=("TEACHER", "STUDENT"))
-    parser.add_argument("--out", type=Path, default=RESULTS, help="directory of the results")
+    parser.add_argument("--recompute", action="store_true", help="everyone recomputes activations (checkpointing)")
+    parser.add_argument("--out", type=Path, help="directory of the results; by default those of all pairs are kept")
     parser.add_argument("--verbose", action="store_true", help="show what the trainers write")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -342,11 +349,15 @@ def main() -> None:
 def publish(facts: dict[str, Any], kept: dict[str, Any], given: argparse.Namespace) -> None:
     settings = {k: v for k, v in vars(given).items() if k not in {"rows", "out", "child", "verbose"}}
     result = {"machine": machine(given.device), "settings": settings, "bounds": kept, **facts}
-    given.out.mkdir(parents=True, exist_ok=True)
-    (given.out / f"kd_step-{given.device}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     text = page(result)
-    (given.out / f"kd_step-{given.device}.md").write_text(text, encoding="utf-8")
     print(text)
+    whole = set(given.pairs) == set(MEASURED_PAIRS) and set(given.who) == set(TITLES) and not given.recompute
+    directory = given.out or (RESULTS if whole else None)
+    if directory is not None:
+        directory.mkdir(parents=True, exist_ok=True)
+        written = json.dumps(result, indent=1) + "\n"
+        (directory / f"kd_step-{given.device}.json").write_text(written, encoding="utf-8")
+        (directory / f"kd_step-{given.device}.md").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
