@@ -17,7 +17,7 @@ from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 import torch
@@ -77,8 +77,9 @@ class Meter:
     def __init__(self, warmup: int, device: str) -> None:
         self.warmup, self.device = warmup, device
         self.seconds: list[float] = []
+        self.cpu_seconds: list[float] = []
         self.base = self.state = self._count = 0
-        self._last = 0.0
+        self._last = self._cpu = 0.0
         register_optimizer_step_post_hook(self._stepped)
 
     def peak(self) -> int:
@@ -93,9 +94,10 @@ class Meter:
         self._count += 1
         if self._count > self.warmup:
             self.seconds.append(perf_counter() - self._last)
+            self.cpu_seconds.append(process_time() - self._cpu)
         elif self._count == self.warmup:
             self._settle(optimizer)
-        self._last = perf_counter()
+        self._last, self._cpu = perf_counter(), process_time()
 
     def _settle(self, optimizer: torch.optim.Optimizer) -> None:
         held = [p for group in optimizer.param_groups for p in group["params"]]
@@ -219,7 +221,7 @@ def gkd_trainer(job: Job) -> Any:
 
 def _arguments(job: Job) -> dict[str, Any]:
     return {
-        "output_dir": tempfile.mkdtemp(prefix="kd-step-"),
+        "output_dir": str(job.student.parent / "trl"),
         "bf16": job.precision == "bf16",
         "use_cpu": job.device == "cpu",
         "max_steps": len(job.steps),
@@ -360,6 +362,7 @@ def measure(who: str, job: Job, warmup: int) -> dict[str, Any]:
         raise SystemExit(f"{who} made {len(meter.seconds)} measured steps instead of {len(measured)}")
     return {
         "step_seconds": [round(value, 3) for value in meter.seconds],
+        "cpu_seconds": [round(value, 2) for value in meter.cpu_seconds],
         "response_tokens": [sum(row.targets for row in step) for step in measured],
         "peak_bytes": meter.peak(),
         "state_bytes": meter.state,
