@@ -9,7 +9,6 @@ micro-batches, makes the same choices and draws the same answers. No gradient fl
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from kdkit.models.chat import Encoded
-from kdkit.train.rollouts import generate_ids
+from kdkit.train.rollout import generate_ids, stream_number
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -130,8 +129,7 @@ class OnPolicy:
 
     def _number(self, *parts: object) -> int:
         """63 bits that follow from the seed and ``parts``."""
-        text = "/".join(map(str, (self.seed, *parts)))
-        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+        return stream_number(self.seed, *parts)
 
 
 def prompt_of(row: Encoded) -> tuple[int, ...]:
