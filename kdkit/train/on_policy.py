@@ -95,12 +95,14 @@ class OnPolicy:
     def metrics(self, all_ranks: Callable[[int], int]) -> dict[str, float]:
         """What happened since the last call; ``all_ranks`` sums a count over ranks.
 
-        ``on_policy_share`` of the steps and the seconds spent on answers; if there were any, their mean length
-        in learned tokens and the share that was truncated.
+        ``on_policy_share`` of the steps and the seconds spent on answers; if there were any, the tokens a second of
+        this rank, their mean length in learned tokens and the share that was truncated.
         """
         tally, self._tally = self._tally, _Tally()
         answers, tokens, truncated = (all_ranks(n) for n in (tally.answers, tally.tokens, tally.truncated))
         values = {"on_policy_share": tally.on_policy / max(tally.steps, 1), "generation_s": tally.seconds}
+        if tally.tokens:
+            values["generation_tokens_per_s"] = tally.tokens / max(tally.seconds, 1e-9)
         if answers:
             values |= {"answer_tokens": tokens / answers, "truncated_share": truncated / answers}
         return values

@@ -181,6 +181,7 @@ def kdkit_stages() -> Iterator[StageSpec[Any]]:
         run=_distill,
         outputs={"model": Model},
         check=check_distill,
+        version=2,
     )
     yield StageSpec(
         name="generate",
@@ -189,7 +190,7 @@ def kdkit_stages() -> Iterator[StageSpec[Any]]:
         run=_generate,
         outputs={"data": Dataset},
         check=check_generate,
-        version=2,
+        version=3,
     )
     yield StageSpec(
         name="evaluate",
@@ -198,7 +199,7 @@ def kdkit_stages() -> Iterator[StageSpec[Any]]:
         run=_evaluate,
         outputs={"scores": Scores},
         check=check_evaluate,
-        version=3,
+        version=4,
     )
     yield StageSpec(
         name="report",
