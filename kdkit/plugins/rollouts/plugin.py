@@ -17,8 +17,8 @@ class TransformersRolloutParams(Params):
     """Generation with transformers in this process."""
 
     batch_size: int = Field(32, ge=1)
-    """Prompts decoded together, where one that ends makes room for the next; in bf16 the rounding, and so an answer, can
-    depend on it."""
+    """Prompts decoded together, where one that ends makes room for the next; in bf16 the rounding, and so an answer,
+    can depend on it."""
     precision: Precision = "auto"
     """Matrix products in bf16 or fp32 when the engine loads the model itself."""
 
