@@ -25,7 +25,7 @@ from kdkit.train.batching import collate
 from kdkit.train.divergences import upcast
 from kdkit.train.objective import block_tokens, valid_hidden
 from kdkit.train.packing import isolates, pack
-from kdkit.train.rollouts import generate, stop_ids
+from kdkit.train.rollout import generate, stop_ids
 
 if TYPE_CHECKING:
     from torch import Tensor

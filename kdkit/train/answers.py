@@ -17,7 +17,7 @@ from kdkit.models.chat import ChatEncoder
 from kdkit.models.heads import verify_split
 from kdkit.models.load import load_model, load_tokenizer
 from kdkit.models.pretrained import load_errors, quiet
-from kdkit.train.rollouts import generate, stop_ids
+from kdkit.train.rollout import generate, stop_ids
 
 if TYPE_CHECKING:
     from kdkit.api import Model, Sampling

@@ -9,7 +9,6 @@ micro-batches, makes the same choices and draws the same answers. No gradient fl
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from kdkit.models.chat import Encoded
-from kdkit.train.rollouts import generate_ids
+from kdkit.train.rollout import generate_ids, stream_number
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -96,12 +95,14 @@ class OnPolicy:
     def metrics(self, all_ranks: Callable[[int], int]) -> dict[str, float]:
         """What happened since the last call; ``all_ranks`` sums a count over ranks.
 
-        ``on_policy_share`` of the steps and the seconds spent on answers; if there were any, their mean length
-        in learned tokens and the share that was truncated.
+        ``on_policy_share`` of the steps and the seconds spent on answers; if there were any, the tokens a second of
+        this rank, their mean length in learned tokens and the share that was truncated.
         """
         tally, self._tally = self._tally, _Tally()
         answers, tokens, truncated = (all_ranks(n) for n in (tally.answers, tally.tokens, tally.truncated))
         values = {"on_policy_share": tally.on_policy / max(tally.steps, 1), "generation_s": tally.seconds}
+        if tally.tokens:
+            values["generation_tokens_per_s"] = tally.tokens / max(tally.seconds, 1e-9)
         if answers:
             values |= {"answer_tokens": tokens / answers, "truncated_share": truncated / answers}
         return values
@@ -130,8 +131,7 @@ class OnPolicy:
 
     def _number(self, *parts: object) -> int:
         """63 bits that follow from the seed and ``parts``."""
-        text = "/".join(map(str, (self.seed, *parts)))
-        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+        return stream_number(self.seed, *parts)
 
 
 def prompt_of(row: Encoded) -> tuple[int, ...]:

@@ -26,7 +26,7 @@ from kdkit.engine.manifest import MANIFEST, Manifest, describe_artifact
 from kdkit.models.chat import ChatEncoder
 from kdkit.testing.tiny import tiny_model, tiny_tokenizer
 from kdkit.train.answers import Answer
-from kdkit.train.rollouts import generate
+from kdkit.train.rollout import generate
 
 SHORT = ("--max-new-tokens", 12, "--precision", "fp32")
 

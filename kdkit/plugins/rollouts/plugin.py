@@ -17,7 +17,8 @@ class TransformersRolloutParams(Params):
     """Generation with transformers in this process."""
 
     batch_size: int = Field(32, ge=1)
-    """Prompts decoded together; in bf16 the rounding, and so an answer, can depend on it."""
+    """Prompts decoded together, where one that ends makes room for the next; in bf16 the rounding, and so an answer,
+    can depend on it."""
     precision: Precision = "auto"
     """Matrix products in bf16 or fp32 when the engine loads the model itself."""
 
@@ -33,7 +34,7 @@ def kdkit_rollouts() -> Iterator[RolloutSpec[Any]]:
     """The rollout engines."""
     yield RolloutSpec(
         name="transformers",
-        summary="Batched generate() with a KV cache in this process",
+        summary="Batched decoding with a KV cache in this process, finished rows refilled",
         params=TransformersRolloutParams,
         build=_transformers,
     )

@@ -10,7 +10,7 @@ import torch
 from kdkit.api.artifacts import Model
 from kdkit.models.chat import ChatEncoder
 from kdkit.models.load import load_model
-from kdkit.train.rollouts import generate, stop_ids
+from kdkit.train.rollout import generate, stop_ids
 
 if TYPE_CHECKING:
     from kdkit.api import BuildContext, Completion, RolloutModel, Sampling

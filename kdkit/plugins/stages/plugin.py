@@ -183,6 +183,7 @@ def kdkit_stages() -> Iterator[StageSpec[Any]]:
         run=_distill,
         outputs={"model": Model},
         check=check_distill,
+        version=2,
     )
     yield StageSpec(
         name="generate",
@@ -191,7 +192,7 @@ def kdkit_stages() -> Iterator[StageSpec[Any]]:
         run=_generate,
         outputs={"data": Dataset},
         check=check_generate,
-        version=2,
+        version=3,
     )
     yield CACHE_TEACHER
     yield StageSpec(
@@ -201,7 +202,7 @@ def kdkit_stages() -> Iterator[StageSpec[Any]]:
         run=_evaluate,
         outputs={"scores": Scores},
         check=check_evaluate,
-        version=3,
+        version=4,
     )
     yield StageSpec(
         name="report",

@@ -27,7 +27,7 @@ from kdkit.train.encoding import encode_rows
 from kdkit.train.loop import Task, TrainResult, train
 from kdkit.train.objective import LossTerm
 from kdkit.train.on_policy import OnPolicy
-from kdkit.train.rollouts import stop_ids
+from kdkit.train.rollout import stop_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

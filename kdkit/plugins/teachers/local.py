@@ -15,7 +15,7 @@ from kdkit.models.load import Vocabulary, load_model, load_tokenizer, vocabulary
 from kdkit.train.divergences import upcast
 from kdkit.train.objective import valid_hidden
 from kdkit.train.packing import isolates, unpack
-from kdkit.train.rollouts import generate, stop_ids
+from kdkit.train.rollout import generate, stop_ids
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -7,7 +7,8 @@ import torch
 
 from kdkit.api import Sampling
 from kdkit.testing.tiny import tiny_model, tiny_tokenizer
-from kdkit.train.rollouts import _choose, generate
+from kdkit.train.rollout import generate
+from kdkit.train.rollout.sampling import next_tokens
 
 PROMPTS = [[1, 2, 3, 4, 5, 6], [7], [9, 8, 7], [20, 30]]
 
@@ -72,7 +73,8 @@ def test_sampling_follows_the_softmax():
 def test_not_even_the_ends_of_a_draw_give_a_token_without_probability(uniform, token, monkeypatch):
     monkeypatch.setattr(torch, "rand", lambda *shape, **options: torch.full(shape, uniform, dtype=torch.float64))
     logits = torch.tensor([[-math.inf, -math.inf, 1.0, 0.5, 2.0, -math.inf]])
-    assert _choose(logits, Sampling(do_sample=True), [torch.Generator()]).tolist() == [token]
+    tokens, _ = next_tokens(logits, Sampling(do_sample=True), [torch.Generator()])
+    assert tokens.tolist() == [token]
 
 
 def test_the_models_own_generation_defaults_do_not_leak_in():
