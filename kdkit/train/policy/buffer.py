@@ -1,7 +1,7 @@
 """The rollouts of an iteration, learned from for several epochs and kept in checkpoints.
 
-Which rollouts a step sees is arithmetic: a step belongs to an iteration, to an epoch over its rollouts, and to a batch of
-that epoch. Only the rollouts themselves are state, since the policy that sampled them is gone when they are learned from.
+Which rollouts a step sees is arithmetic: a step belongs to an iteration, to an epoch over its rollouts, and to a batch
+of that epoch. Only the rollouts themselves are state: the policy that sampled them is gone when they are learned from.
 """
 
 from __future__ import annotations
