@@ -138,7 +138,7 @@ class DataRows:
         seed: int,
         on_policy: OnPolicy | None = None,
     ) -> None:
-        self._data, self._on_policy = data, on_policy
+        self.data, self.weights, self._on_policy = data, tuple(weights), on_policy
         self._order = DataOrder([len(rows) for rows in data], weights, seed)
 
     @property
@@ -149,7 +149,7 @@ class DataRows:
     def rows(self, step: int, share: Share, /) -> list[Encoded]:
         """This rank's rows of a step, as they are learned."""
         of_step = self._order.rows_of_step(step, share.batch)
-        rows = [self._data[dataset][row] for dataset, row in (of_step[place] for place in share.places)]
+        rows = [self.data[dataset][row] for dataset, row in (of_step[place] for place in share.places)]
         return rows if self._on_policy is None else self._on_policy.rows(step, rows, share.places)
 
     def metrics(self, all_ranks: Callable[[int], int], /) -> dict[str, float]:

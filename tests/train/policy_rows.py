@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 
 from kdkit.api import PolicyLossInputs, PolicyLossOutput
 from kdkit.testing.tiny import tiny_model
@@ -42,11 +44,12 @@ def make_completions(count: int = 8, *, seed: int = 0, support: bool = False, we
     return [replace(row, old_logprobs=tuple(sampled(row, rng))) for row in rows]
 
 
-def sampled(row: PolicyRow, rng: random.Random, temperature: float = 0.8) -> list[float]:
-    """What a policy near the tiny model's says, so that some ratios are clipped and some are not."""
+def sampled(row: PolicyRow, rng: random.Random, model: nn.Module | None = None) -> list[float]:
+    """What a policy near the model's says, so that some ratios are clipped and some are not."""
+    model = tiny_model() if model is None else copy.deepcopy(model).eval()
     with torch.no_grad():
-        logits = tiny_model().double()(input_ids=torch.tensor([row.ids])).logits[0]
-    return [float(value) + rng.gauss(0, 0.2) for value, _ in plain_logprobs(logits, row, temperature)]
+        logits = model.double()(input_ids=torch.tensor([row.ids])).logits[0]
+    return [float(value) + rng.gauss(0, 0.2) for value, _ in plain_logprobs(logits, row, 0.8)]
 
 
 def plain_logprobs(logits, row, temperature, vocabulary=None):

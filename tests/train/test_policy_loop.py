@@ -124,9 +124,7 @@ def schedule(root, *, stop_at=None, **values):
     def make(iteration):
         made.append(iteration)
         rng, rows = random.Random(iteration), make_completions(seed=iteration)
-        state = model.state_dict()
-        with monkeypatched_tiny(state):
-            rows = [replace(row, old_logprobs=tuple(sampled(row, rng))) for row in rows]
+        rows = [replace(row, old_logprobs=tuple(sampled(row, rng, model))) for row in rows]
         # What is drawn here must not matter to a run that does not draw it.
         torch.rand(3)
         return rows
@@ -142,25 +140,6 @@ def schedule(root, *, stop_at=None, **values):
         stopped = True
     assert stopped == (stop_at is not None)
     return weights_hash(model), made, ctx
-
-
-class monkeypatched_tiny:  # noqa: N801
-    """Lets ``sampled`` ask a model with these weights."""
-
-    def __init__(self, state):
-        self.state = {name: tensor.double() for name, tensor in state.items()}
-
-    def __enter__(self):
-        import policy_rows
-
-        self.before, model = policy_rows.tiny_model, tiny_model().double()
-        model.load_state_dict(self.state)
-        policy_rows.tiny_model = lambda: model
-
-    def __exit__(self, *error):
-        import policy_rows
-
-        policy_rows.tiny_model = self.before
 
 
 @pytest.fixture(scope="module")
