@@ -196,7 +196,8 @@ def _with_values(measured: Measured, block: Block, scale: float) -> Measured:
     """Values of the policy losses, whose blocks have given the gradient alone."""
     if all(found is None for found in block.gradients):
         return measured
-    loss, sums, metrics = measured.loss, measured.sums.clone(), {}
+    loss, sums = measured.loss, measured.sums.clone()
+    metrics: dict[str, Tensor] = {}
     for index, (term, ratio, found) in enumerate(zip(block.terms, block.ratios, block.gradients, strict=True)):
         if found is not None:
             loss = loss + term.weight * ratio * scale * found.value

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -72,7 +72,7 @@ class PolicyGradient:
     value: Tensor
     logprobs: Tensor
     entropy: Tensor | None
-    per: str
+    per: Literal["token", "sequence"]
     metrics: Mapping[str, Tensor]
 
 
