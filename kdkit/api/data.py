@@ -254,7 +254,14 @@ class PolicyLossInputs:
 class PolicyLossOutput:
     """Per-token losses [B, T] and how the engine reduces them over the whole optimiser step.
 
-    ``constant-length`` divides by sequences times ``constant_length``.
+    ``token-mean`` divides by all tokens that count, ``sequence-mean`` takes the mean over each sequence and then over
+    sequences, ``constant-length`` divides by sequences times ``constant_length``.
+
+    Attributes:
+        per_token: [B, T], differentiable with respect to ``logprobs`` and ``entropy``.
+        aggregation: How it becomes one number.
+        constant_length: Tokens.
+        metrics: Sums over the tokens that count, logged as means over them; always of the same names.
     """
 
     per_token: Tensor

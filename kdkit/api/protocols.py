@@ -55,7 +55,10 @@ class TokenLoss(Protocol):
 
 
 class PolicyLoss(Protocol):
-    """A policy-gradient objective over rollouts (GRPO, MiniLLM)."""
+    """A policy-gradient objective over rollouts (GRPO, MiniLLM).
+
+    A loss that reads ``x.entropy`` has an attribute ``wants_entropy`` that is true; others are not made to pay for it.
+    """
 
     def __call__(self, x: PolicyLossInputs, /) -> PolicyLossOutput:
         """Per-token losses and the aggregation the engine applies globally."""

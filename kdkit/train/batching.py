@@ -18,12 +18,13 @@ from kdkit.api.data import TokenBatch
 if TYPE_CHECKING:
     from kdkit.models.chat import Encoded
 
-__all__ = ["DataOrder", "collate", "micro_batches"]
+__all__ = ["DataOrder", "collate", "derived_rng", "micro_batches"]
 
 _MIX_BLOCK: Final = 4096
 
 
-def _rng(*parts: object) -> np.random.Generator:
+def derived_rng(*parts: object) -> np.random.Generator:
+    """A generator that follows from ``parts``, however often and in which order others are made."""
     digest = hashlib.sha256("/".join(str(part) for part in parts).encode()).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
 
@@ -72,14 +73,14 @@ class DataOrder:
         return dataset, int(self._drawn_before[block][dataset] + np.count_nonzero(choices[:offset] == dataset))
 
     def _choices(self, block: int) -> np.ndarray:
-        return _rng(self._seed, "mixture", block).choice(len(self.sizes), size=_MIX_BLOCK, p=self._share)
+        return derived_rng(self._seed, "mixture", block).choice(len(self.sizes), size=_MIX_BLOCK, p=self._share)
 
     def _permutation(self, dataset: int, epoch: int) -> np.ndarray:
         key = (dataset, epoch)
         if key not in self._permutations:
             # Two epochs of a dataset can meet in one step; older ones are never asked for again.
             self._permutations = {k: v for k, v in self._permutations.items() if k[0] != dataset or k[1] >= epoch - 1}
-            self._permutations[key] = _rng(self._seed, "order", dataset, epoch).permutation(self.sizes[dataset])
+            self._permutations[key] = derived_rng(self._seed, "order", dataset, epoch).permutation(self.sizes[dataset])
         return self._permutations[key]
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-__all__ = ["Progress", "check_space", "latest", "load", "load_best", "save", "save_best"]
+__all__ = ["Progress", "State", "check_space", "latest", "load", "load_best", "load_state", "save", "save_best"]
 
 KEEP: Final = 2
 _MANIFEST: Final = "manifest.json"
@@ -59,17 +59,40 @@ class Progress:
     rng: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class State:
+    """What a source of rows keeps in a checkpoint, in files of its own: tensors, and facts that JSON can hold."""
+
+    tensors: Mapping[str, Tensor]
+    facts: Mapping[str, Any]
+
+
 def save(
-    root: Path, module: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, log: Callable[[str], None]
+    root: Path,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    log: Callable[[str], None],
+    states: Mapping[str, State],
 ) -> bool:
     """Write the checkpoint of ``progress.step`` below ``root`` and remove all but the newest two.
+
+    Args:
+        root: Where checkpoints are.
+        module: The model.
+        optimizer: Its optimiser.
+        progress: Where training is; the RNG states are put into it.
+        log: Is told when the checkpoint cannot be written.
+        states: What else is kept, by the name of its files.
 
     Returns:
         Whether it was written: a full disk is logged, and the older checkpoints stay as they are.
     """
     progress.rng = _rng_state()
     tensors = {"model": _weights(module), "optimizer": _optimizer_tensors(module, optimizer)}
-    written = _write(root / f"step-{progress.step:06d}", tensors, asdict(progress), log)
+    tensors |= {name: dict(state.tensors) for name, state in states.items()}
+    facts = {"progress": asdict(progress), **{name: state.facts for name, state in states.items()}}
+    written = _write(root / f"step-{progress.step:06d}", tensors, facts, log)
     if written:
         for old in sorted(root.glob("step-*"))[:-KEEP]:
             shutil.rmtree(old, ignore_errors=True)
@@ -78,7 +101,7 @@ def save(
 
 def save_best(root: Path, module: nn.Module, step: int, log: Callable[[str], None]) -> bool:
     """Keep the weights of ``step`` as the best so far; False, with a line in the log, when they cannot be written."""
-    return _write(root / "best", {"model": _weights(module)}, {"step": step}, log)
+    return _write(root / "best", {"model": _weights(module)}, {"progress": {"step": step}}, log)
 
 
 def load_best(root: Path, module: nn.Module) -> None:
@@ -94,15 +117,20 @@ def load_best(root: Path, module: nn.Module) -> None:
 
 
 def _write(
-    final: Path, tensors: Mapping[str, Mapping[str, Tensor]], facts: Mapping[str, Any], log: Callable[[str], None]
+    final: Path,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    facts: Mapping[str, Mapping[str, Any]],
+    log: Callable[[str], None],
 ) -> bool:
+    """Write one file for every group of tensors and of facts, then the manifest."""
     temporary = final.with_name(f".tmp-{final.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
         for name, group in tensors.items():
             save_file({key: t.detach().contiguous() for key, t in group.items()}, temporary / f"{name}.safetensors")
-        (temporary / "progress.json").write_text(json.dumps(facts), encoding="utf-8")
+        for name, values in facts.items():
+            (temporary / f"{name}.json").write_text(json.dumps(values), encoding="utf-8")
         _commit(temporary, final)
     except (OSError, RuntimeError, SafetensorError) as error:
         # safetensors and torch report a full disk as their own error types.
@@ -142,6 +170,14 @@ def load(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, *, tot
         raise StageError(f"the checkpoint does not fit the model: {error}", where=str(path)) from error
     _restore_rng(progress.rng)
     return progress
+
+
+def load_state(path: Path, name: str) -> State | None:
+    """What :func:`save` was given under this name; None when it was given nothing."""
+    facts = path / f"{name}.json"
+    if not facts.exists():
+        return None
+    return State(load_file(path / f"{name}.safetensors"), json.loads(facts.read_text(encoding="utf-8")))
 
 
 def _weights(module: nn.Module) -> dict[str, Tensor]:

@@ -6,8 +6,8 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, cast
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from accelerate import Accelerator
@@ -16,14 +16,14 @@ from accelerate.utils import GradientAccumulationPlugin
 from kdkit.api.data import TokenBatch
 from kdkit.api.errors import StageError, Stopped
 from kdkit.train import checkpoint
-from kdkit.train.aligned import AlignedSignals, aligned_batch
-from kdkit.train.alignment import AlignedRow, group_count
-from kdkit.train.batching import DataOrder, collate, micro_batches
+from kdkit.train.batching import collate, micro_batches
 from kdkit.train.checkpoint import Progress
-from kdkit.train.objective import CausalObjective, LossTerm
+from kdkit.train.objective import CausalObjective, LossTerm, Measured
 from kdkit.train.optim import adamw, learning_rate
 from kdkit.train.packing import pack
 from kdkit.train.params import TrainParams
+from kdkit.train.streams import Counts, DataRows, Share, Stream
+from kdkit.train.sums import Sums
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from kdkit.models.chat import Encoded
     from kdkit.train.on_policy import OnPolicy
 
-__all__ = ["Task", "TrainResult", "train"]
+__all__ = ["Task", "TrainResult", "data_task", "train"]
 
 MAX_SKIPPED: Final = 5
 """Consecutive steps with a non-finite gradient before training gives up."""
@@ -45,21 +45,38 @@ class Task:
 
     Attributes:
         model: The student, float32 master weights.
-        terms: Weighted losses.
-        data: Encoded rows of each training dataset, with ``weights``; with an aligned loss all are ``AlignedRow``.
-        held_out: Rows for evaluation during training.
-        signals: The teacher's view of a batch, when a loss needs it: a batch of the student's tokens, or with an
-            aligned loss of the teacher's own.
-        on_policy: Replaces answers of the data by the student's own; evaluation keeps to the data.
+        streams: What every step learns from. The length of an epoch is that of the first one.
+        held_out: Rows of data for evaluation during training, by the losses of the last stream; a policy loss, which
+            needs the student's own completions, is left out.
     """
 
     model: PreTrainedModel
-    terms: Sequence[LossTerm]
-    data: Sequence[Sequence[Encoded]]
-    weights: Sequence[float]
+    streams: Sequence[Stream]
     held_out: Sequence[Encoded] = ()
-    signals: Callable[[TokenBatch], TeacherSignals] | None = None
-    on_policy: OnPolicy | None = None
+
+    @property
+    def terms(self) -> list[LossTerm]:
+        """The losses of all streams, in order."""
+        return [term for stream in self.streams for term in stream.terms]
+
+
+def data_task(
+    model: PreTrainedModel,
+    terms: Sequence[LossTerm],
+    data: Sequence[Sequence[Encoded]],
+    weights: Sequence[float],
+    *,
+    seed: int,
+    held_out: Sequence[Encoded] = (),
+    signals: Callable[[TokenBatch], TeacherSignals] | None = None,
+    on_policy: OnPolicy | None = None,
+) -> Task:
+    """Training on datasets alone, mixed by ``weights`` in an order that follows from ``seed``.
+
+    With an aligned loss all rows are ``AlignedRow``. For the other arguments see :class:`Task`,
+    :class:`kdkit.train.streams.Stream` and :class:`kdkit.train.streams.DataRows`.
+    """
+    return Task(model, [Stream(terms, DataRows(data, weights, seed, on_policy), signals)], held_out)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +92,9 @@ class TrainResult:
 
 @dataclass(slots=True)
 class _Window:
-    """Sums since the last log line, kept as tensors so that no micro-step waits for the device."""
+    """What happened since the last log line."""
 
-    sums: Tensor
-    tokens: int = 0
-    groups: int = 0
+    sums: Sums
     positions: int = 0
     started: float = field(default_factory=time.monotonic)
 
@@ -120,14 +135,18 @@ class _Training:
         self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
         if params.padding_free and not objective.isolates():
             ctx.log(f"{type(task.model).__name__} sees across rows that lie end to end: they are padded")
-        self.order = DataOrder([len(rows) for rows in task.data], task.weights, ctx.seed_for("data-order"))
         self.batch = params.per_device_train_batch_size * params.gradient_accumulation_steps
-        self.progress = Progress(total_steps(params, self.order.rows, self.world))
+        self.progress = Progress(total_steps(params, task.streams[0].source.size, self.world))
         self.window = self._new_window()
 
     @property
     def world(self) -> int:
         return int(self.accelerator.num_processes)
+
+    @property
+    def share(self) -> Share:
+        """This rank's part of every batch."""
+        return Share(self.batch * self.world, self.accelerator.process_index, self.world)
 
     def run(self) -> TrainResult:
         checkpoint.check_space(self.ctx.checkpoints, self.task.model)
@@ -151,35 +170,38 @@ class _Training:
     def _step(self) -> None:
         """One optimiser step. Its gradient is that of one batch, however it is cut into micro-batches and ranks."""
         rows = self._rows(self.progress.step)
-        tokens, groups = self._all_ranks(sum(row.targets for row in rows)), self._all_ranks(group_count(rows))
+        counts = [Counts.of(part, self._all_ranks) for part in rows]
         rate = learning_rate(self.progress.step, self.progress.total_steps, self.params)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.objective.train()
-        sums = torch.zeros_like(self.window.sums)
-        batches = list(micro_batches(rows, self.params.per_device_train_batch_size))
-        for index, part in enumerate(batches):
-            batch, signals = self._inputs(part)
-            with nullcontext() if index == len(batches) - 1 else self.accelerator.no_sync(self.objective):
-                measured = self.objective(batch, signals, self.world / max(tokens, 1), self.world / max(groups, 1))
+        sums = self._zero()
+        parts = [
+            (index, part)
+            for index, of_stream in enumerate(rows)
+            for part in micro_batches(of_stream, self.params.per_device_train_batch_size)
+        ]
+        for done, (index, part) in enumerate(parts, 1):
+            with nullcontext() if done == len(parts) else self.accelerator.no_sync(self.objective):
+                measured = self._measure(self.task.streams[index], part, *counts[index].scales(self.world))
                 self.accelerator.backward(measured.loss)
-            sums += measured.sums
+            sums.add(measured, self._first(index))
         norm = self.accelerator.clip_grad_norm_(self.objective.parameters(), self.params.max_grad_norm)
-        if self._apply(norm, rows):
-            self.window.sums += sums
-            self.window.tokens += tokens
-            self.window.groups += groups
-            self.progress.tokens += tokens
-        self.window.positions += self._all_ranks(sum(len(row.ids) for row in rows))
+        learned = [row for of_stream in rows for row in of_stream]
+        if self._apply(norm, learned):
+            self.window.sums.merge(sums)
+            self.progress.tokens += sum(count.tokens for count in counts)
+        self.window.positions += self._all_ranks(sum(len(row.ids) for row in learned))
         self.progress.step += 1
 
-    def _inputs(self, part: Sequence[Encoded]) -> tuple[TokenBatch, TeacherSignals | AlignedSignals | None]:
-        """The student's batch, and the teacher's view of it or of the same text."""
-        signals = self.task.signals
-        if signals is not None and any(term.kind == "aligned" for term in self.task.terms):
-            return aligned_batch(cast("Sequence[AlignedRow]", part), self._batch, signals)
-        batch = self._batch(part)
-        return batch, None if signals is None else signals(batch)
+    def _measure(
+        self, stream: Stream, part: Sequence[Encoded], scale: float, group_scale: float, sequence_scale: float
+    ) -> Measured:
+        """The losses of a stream on a micro-batch."""
+        x = stream.inputs(part, self._batch)
+        more = {"terms": stream.terms, "policy": x.policy, "sequence_scale": sequence_scale}
+        measured: Measured = self.objective(x.batch, x.signals, scale, group_scale, **more)
+        return measured
 
     def _batch(self, part: Sequence[Encoded]) -> TokenBatch:
         device = self.accelerator.device
@@ -187,13 +209,13 @@ class _Training:
             return collate(part, device=device)
         return pack(part, device=device, limit=getattr(self.task.model.config, "max_position_embeddings", None))
 
-    def _rows(self, step: int) -> list[Encoded]:
-        """This rank's rows of a step, as they are learned."""
-        places = range(self.accelerator.process_index, self.batch * self.world, self.world)
-        of_step = self.order.rows_of_step(step, self.batch * self.world)
-        rows = [self.task.data[dataset][row] for dataset, row in (of_step[place] for place in places)]
-        policy = self.task.on_policy
-        return rows if policy is None else policy.rows(step, rows, places)
+    def _rows(self, step: int) -> list[list[Encoded]]:
+        """This rank's rows of a step, of every stream."""
+        return [stream.source.rows(step, self.share) for stream in self.task.streams]
+
+    def _first(self, stream: int) -> int:
+        """Where the losses of a stream start among all losses."""
+        return sum(len(before.terms) for before in self.task.streams[:stream])
 
     def _apply(self, norm: Tensor | float | None, rows: Sequence[Encoded]) -> bool:
         """Update the weights unless the gradient is not finite; whether they were updated."""
@@ -216,10 +238,10 @@ class _Training:
 
     def _log(self) -> None:
         seconds = max(time.monotonic() - self.window.started, 1e-9)
-        values = self._means(self.window.sums, self.window.tokens, self.window.groups)
+        values = self._means(self.window.sums, self.task.terms)
         speed = self.window.positions / seconds
-        if self.task.on_policy is not None:
-            values |= self.task.on_policy.metrics(self._all_ranks)
+        for stream in self.task.streams:
+            values |= stream.source.metrics(self._all_ranks)
         step, total = self.progress.step, self.progress.total_steps
         rate = learning_rate(step - 1, total, self.params)
         self.ctx.metrics(
@@ -230,33 +252,39 @@ class _Training:
         self.ctx.progress(step, total, loss=values["loss"], tokens_per_s=speed)
         self.window = self._new_window()
 
-    def _means(self, sums: Tensor, tokens: int, groups: int) -> dict[str, float]:
-        """Means of every loss over its tokens or groups, and their weighted sum, over all ranks."""
-        total = self.accelerator.reduce(sums.clone(), "sum")
-        counts = [groups if term.kind == "aligned" else tokens for term in self.task.terms]
-        means = [float(v) / max(count, 1) for v, count in zip(total, counts, strict=True)]
-        named = {term.name: mean for term, mean in zip(self.task.terms, means, strict=True)}
-        return {"loss": sum(t.weight * m for t, m in zip(self.task.terms, means, strict=True)), **named}
+    def _means(self, sums: Sums, terms: Sequence[LossTerm]) -> dict[str, float]:
+        """Means of every loss over its tokens, groups or sequences, and their weighted sum, over all ranks."""
+        total = self.accelerator.reduce(sums.values.clone(), "sum")
+        means = [float(v) / max(self._all_ranks(n), 1) for v, n in zip(total, sums.counts, strict=True)]
+        named = {term.name: mean for term, mean in zip(terms, means, strict=True)}
+        # Every rank has called the same losses, which name the same things.
+        for name, (value, tokens) in sorted(sums.metrics.items()):
+            named[name] = float(self.accelerator.reduce(value.clone(), "sum")) / max(self._all_ranks(tokens), 1)
+        return {"loss": sum(t.weight * m for t, m in zip(terms, means, strict=True)), **named}
+
+    def _zero(self) -> Sums:
+        return Sums.zero(len(self.task.terms), self.accelerator.device)
 
     def _new_window(self) -> _Window:
-        return _Window(torch.zeros(len(self.task.terms), device=self.accelerator.device))
+        return _Window(self._zero())
 
     def _evaluates(self, done: int) -> bool:
         every = self.params.eval_steps
-        return bool(self.task.held_out) and (
+        measurable = any(term.kind != "policy" for term in self.task.streams[-1].terms)
+        return bool(self.task.held_out and measurable) and (
             done == self.progress.total_steps or (every is not None and done % every == 0)
         )
 
     @torch.no_grad()
     def _evaluate(self) -> dict[str, float]:
         self.objective.eval()
+        last = self.task.streams[-1]
+        stream = replace(last, terms=[term for term in last.terms if term.kind != "policy"])
+        sums = Sums.zero(len(stream.terms), self.accelerator.device)
         rows = self.task.held_out[self.accelerator.process_index :: self.world]
-        sums, tokens, groups = self._new_window().sums, 0, 0
         for part in micro_batches(rows, self.params.per_device_train_batch_size):
-            measured = self.objective(*self._inputs(part), 1.0, 1.0)
-            sums += measured.sums
-            tokens, groups = tokens + measured.tokens, groups + measured.groups
-        values = self._means(sums, self._all_ranks(tokens), self._all_ranks(groups))
+            sums.add(self._measure(stream, part, 1.0, 1.0, 1.0), 0)
+        values = self._means(sums, stream.terms)
         self.ctx.metrics({f"eval/{k}": v for k, v in values.items()}, step=self.progress.step)
         return values
 
@@ -290,11 +318,18 @@ class _Training:
             self.progress = checkpoint.load(
                 found, self._bare(), self.optimizer.optimizer, total_steps=self.progress.total_steps
             )
+            for index, stream in enumerate(self.task.streams):
+                stream.source.restore(checkpoint.load_state(found, _name(index)), self.progress.step, self.share)
             self.ctx.log(f"resumed at step {self.progress.step} of {self.progress.total_steps}")
 
     def _save(self) -> bool:
         bare, optimizer = self._bare(), self.optimizer.optimizer
-        return checkpoint.save(self.ctx.checkpoints, bare, optimizer, self.progress, self.ctx.log)
+        states = {
+            _name(index): state
+            for index, stream in enumerate(self.task.streams)
+            if (state := stream.source.state(self.progress.step, self.share)) is not None
+        }
+        return checkpoint.save(self.ctx.checkpoints, bare, optimizer, self.progress, self.ctx.log, states)
 
     def _bare(self) -> Any:
         return self.accelerator.unwrap_model(self.objective).model
@@ -303,3 +338,8 @@ class _Training:
         if self.world == 1:
             return value
         return int(self.accelerator.reduce(torch.tensor(value, device=self.accelerator.device), "sum"))
+
+
+def _name(stream: int) -> str:
+    """What the state of a stream's rows is called in a checkpoint."""
+    return f"rows-{stream}"

@@ -273,8 +273,8 @@ def test_weights_of_losses_and_datasets_reach_the_loop(tmp_path, models, handed_
     task, _ = handed_over[0]
     assert [(term.name, term.weight) for term in task.terms] == [("forward-kl", 0.7), ("cross-entropy", 0.3)]
     assert task.terms[0].loss.temperature == 2.0
-    assert task.weights == [3.0, 1.0]
-    assert [len(part) for part in task.data] == [40, 4]
+    assert task.streams[0].source.weights == (3.0, 1.0)
+    assert [len(part) for part in task.streams[0].source.data] == [40, 4]
 
 
 def test_divergences_are_confined_to_the_shared_vocabulary(tmp_path, models, handed_over, tmp_path_factory):
@@ -305,7 +305,7 @@ def test_precision_reaches_the_loop_and_the_saved_weights(tmp_path, models, hand
 def test_overlong_rows_are_cut_when_asked(tmp_path, models, handed_over):
     stage = sft(models, max_length=20, overlong="truncate")
     assert run(tmp_path, {"sft": stage}).ok
-    rows = handed_over[0][0].data[0]
+    rows = handed_over[0][0].streams[0].source.data[0]
     assert max(len(row.ids) for row in rows) == 20
     assert all(row.targets for row in rows)
 

@@ -14,7 +14,7 @@ from kdkit.testing.tiny import tiny_model, tiny_piece_tokenizer, tiny_tokenizer
 from kdkit.train.aligned import AlignedSignals, aligned_batch
 from kdkit.train.alignment import NO_GROUP, AlignedRow, align
 from kdkit.train.batching import collate, micro_batches
-from kdkit.train.loop import Task, train
+from kdkit.train.loop import data_task, train
 from kdkit.train.objective import CausalObjective, LossTerm
 from kdkit.train.packing import pack
 
@@ -349,15 +349,15 @@ def test_the_loop_divides_groups_and_tokens_by_those_of_the_step(aligned, tmp_pa
     scales = []
     forward = CausalObjective.forward
 
-    def spy(self, batch, signals, *scale):
+    def spy(self, batch, signals, *scale, **more):
         scales.append(scale)
-        return forward(self, batch, signals, *scale)
+        return forward(self, batch, signals, *scale, **more)
 
     monkeypatch.setattr(CausalObjective, "forward", spy)
     model, teacher = models()
     wanted = [reference(model, teacher, aligned, weights=w)[0] for w in ((1.0, 0.0), (0.0, 1.0))]
     ctx, terms = FakeContext(tmp_path), (uld(0.7), LossTerm("cross-entropy", 0.3, cross_entropy))
-    task = Task(model, terms, [aligned], [1.0], held_out=aligned, signals=Teacher(teacher))
+    task = data_task(model, terms, [aligned], [1.0], seed=3, held_out=aligned, signals=Teacher(teacher))
     split = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 7 // size}
     train(task, params(max_steps=1, learning_rate=1e-15, **split), ctx, compute=torch.float64)
     tokens, groups = sum(r.targets for r in aligned), sum(r.groups for r in aligned)

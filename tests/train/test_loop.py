@@ -14,7 +14,7 @@ from kdkit.api.errors import Stopped
 from kdkit.plugins.losses.token import cross_entropy
 from kdkit.testing.tiny import tiny_model
 from kdkit.train import checkpoint
-from kdkit.train.loop import MAX_SKIPPED, Task, total_steps, train
+from kdkit.train.loop import MAX_SKIPPED, data_task, total_steps, train
 from kdkit.train.objective import LossTerm
 from kdkit.train.optim import adamw, learning_rate
 from kdkit.train.params import OptimParams, TrainParams
@@ -36,7 +36,7 @@ def params(**values) -> Params:
 def run(root, *, model=None, stop_at=None, seed=17, held_out=(), terms=CE, rows=None, **values):
     ctx = FakeContext(root, stop_at=stop_at, seed=seed)
     model = model or tiny_model().train()
-    work = Task(model, terms, [rows or make_rows(10)], [1.0], held_out=held_out)
+    work = data_task(model, terms, [rows or make_rows(10)], [1.0], seed=ctx.seed_for("data-order"), held_out=held_out)
     result = train(work, params(**values), ctx, compute=next(model.parameters()).dtype)
     return result, model, ctx
 
@@ -340,7 +340,7 @@ def test_mixture_weights_reach_the_loop(tmp_path):
     tokens = {}
     for name, weights in (("short", [0.99, 0.01]), ("long", [0.01, 0.99])):
         ctx, model = FakeContext(tmp_path / name), tiny_model().train()
-        work = Task(model, CE, [short, long], weights)
+        work = data_task(model, CE, [short, long], weights, seed=ctx.seed_for("data-order"))
         tokens[name] = train(work, params(max_steps=10), ctx, compute=torch.float32).tokens
     assert tokens["long"] > 3 * tokens["short"]
 

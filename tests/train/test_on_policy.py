@@ -18,7 +18,7 @@ from kdkit.plugins.losses.token import ForwardKL
 from kdkit.plugins.teachers.local import _HiddenSignals
 from kdkit.testing.tiny import tiny_model
 from kdkit.train.batching import DataOrder
-from kdkit.train.loop import Task, train
+from kdkit.train.loop import data_task, train
 from kdkit.train.objective import LossTerm, valid_hidden
 from kdkit.train.on_policy import OnPolicy, prompt_of
 
@@ -58,11 +58,12 @@ def distil(root, *, model=None, share=0.5, stop_at=None, rows=None, **values):
     ctx = FakeContext(root, stop_at=stop_at)
     own = Recorded(policy(model, share=share))
     parts = split(teacher)
-    work = Task(
+    work = data_task(
         model,
         KL,
         [rows or make_rows(10)],
         [1.0],
+        seed=ctx.seed_for("data-order"),
         signals=lambda batch: _HiddenSignals(parts, valid_hidden(parts.trunk, batch)),
         on_policy=own,
     )
@@ -221,9 +222,9 @@ def test_the_loop_asks_for_this_ranks_places(tmp_path, monkeypatch):
     own = policy(model)
     monkeypatch.setattr(OnPolicy, "rows", lambda self, *args: asked.append(args) or args[1])
     monkeypatch.setattr(loop._Training, "world", 2)
-    training = loop._Training(
-        Task(model, KL, [rows], [1.0], on_policy=own), params(), FakeContext(tmp_path), torch.float32
-    )
+    ctx = FakeContext(tmp_path)
+    task = data_task(model, KL, [rows], [1.0], seed=ctx.seed_for("data-order"), on_policy=own)
+    training = loop._Training(task, params(), ctx, torch.float32)
     monkeypatch.setattr(training, "accelerator", type("Second", (), {"process_index": 1}))
     training._rows(4)
     ((step, mine, places),) = asked
@@ -282,10 +283,15 @@ def test_a_share_of_zero_trains_as_without(tmp_path):
     _, plain, _, _ = distil(tmp_path / "a", share=0.0)
     model = with_dropout()
     teacher = split(tiny_model(layers=3, seed=9))
-    work = Task(
-        model, KL, [make_rows(10)], [1.0], signals=lambda b: _HiddenSignals(teacher, valid_hidden(teacher.trunk, b))
+    work = data_task(
+        model,
+        KL,
+        [make_rows(10)],
+        [1.0],
+        seed=(ctx := FakeContext(tmp_path / "b")).seed_for("data-order"),
+        signals=lambda b: _HiddenSignals(teacher, valid_hidden(teacher.trunk, b)),
     )
-    train(work, params(), FakeContext(tmp_path / "b"), compute=torch.float32)
+    train(work, params(), ctx, compute=torch.float32)
     assert weights_hash(plain) == weights_hash(model)
 
 
@@ -347,7 +353,7 @@ def test_evaluation_keeps_to_the_data(tmp_path):
     _, _, plain = run(tmp_path / "a", model=tiny_model().train(), held_out=held_out, max_steps=1, learning_rate=1e-30)
     model = tiny_model().train()
     ctx = FakeContext(tmp_path / "b")
-    work = Task(model, CE, [make_rows(10)], [1.0], held_out=held_out, on_policy=policy(model))
+    work = data_task(model, CE, [make_rows(10)], [1.0], held_out=held_out, on_policy=policy(model))
     train(work, params(max_steps=1, learning_rate=1e-30), ctx, compute=torch.float32)
     want, got = ([v["eval/loss"] for _, v in c.values if "eval/loss" in v] for c in (plain, ctx))
     assert got == pytest.approx(want)

@@ -24,7 +24,7 @@ from kdkit.plugins.stages.plugin import DistillParams, OwnAnswers
 from kdkit.plugins.stages.served import check_same_teacher
 from kdkit.train.alignment import encode_aligned
 from kdkit.train.encoding import encode_rows
-from kdkit.train.loop import Task, TrainResult, train
+from kdkit.train.loop import TrainResult, data_task, train
 from kdkit.train.objective import LossTerm
 from kdkit.train.on_policy import OnPolicy
 from kdkit.train.rollout import stop_ids
@@ -96,17 +96,19 @@ def _train(
     encode = partial(_encode, encoder=encoder, reader=reader, params=params, ctx=ctx)
     precision = ctx.precision(params.precision)
     compute = torch.bfloat16 if precision == "bf16" else torch.float32
-    task = Task(
-        model=student.model,
-        terms=_terms(params, ctx, shared),
-        data=[encode(component) for component in params.data],
-        weights=[component.weight for component in params.data],
+    data = [encode(component) for component in params.data]
+    task = data_task(
+        student.model,
+        _terms(params, ctx, shared),
+        data,
+        [component.weight for component in params.data],
+        seed=ctx.seed_for("data-order"),
         held_out=[row for component in params.eval_data or () for row in encode(component)[: params.eval_rows]],
         signals=teacher.signals if teacher is not None else None,
         on_policy=_on_policy(params, ctx, student, encoder, shared, compute),
     )
     if isinstance(teacher, RowTeacher):
-        teacher.check(own, student.tokenizer, [row for rows in (*task.data, task.held_out) for row in rows])
+        teacher.check(own, student.tokenizer, [row for rows in (*data, task.held_out) for row in rows])
     # Before the work: what cannot be saved afterwards must not be found out afterwards.
     _stop_where_trained(student.model, encoder)
     result = train(task, params, ctx, compute=compute)
