@@ -21,6 +21,10 @@ __all__ = ["AnswerJob", "Batcher", "ScoreJob"]
 _LINGER_SECONDS: Final = 0.005
 """How long the first request of a batch waits for others."""
 
+_BREAKS: Final = (KdkitError, ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, OSError,
+                  RuntimeError, TypeError, ValueError)  # fmt: skip
+"""What a model raises on input that it cannot take: its clients are told, and the server goes on."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ScoreJob:
@@ -123,7 +127,7 @@ class Batcher:
     def _compute(self, batch: list[Job]) -> None:
         try:
             results = self._results(batch)
-        except Exception as error:  # noqa: BLE001 - whatever a model raises, its clients are told and the server goes on
+        except _BREAKS as error:
             problem = error if isinstance(error, KdkitError) else StageError(type(error).__name__)
             problem.__cause__ = None if problem is error else error
             for job in batch:
