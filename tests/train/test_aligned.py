@@ -340,8 +340,8 @@ def test_a_block_of_a_wide_pair_is_smaller():
 
     narrow, wide = (CausalObjective(tiny_model(), (LossTerm("uld", 1.0, ULD(), vocabulary=v, kind="aligned"),))
                     for v in (259, 262_144))  # fmt: skip
-    assert narrow._block == block_tokens(518)
-    assert wide._block == block_tokens(262_144 + 259)
+    assert narrow.sizes().loss == narrow.sizes().product == block_tokens(518)
+    assert wide.sizes().loss == block_tokens(262_144 + 259)
 
 
 @pytest.mark.parametrize("size", [1, 7])
