@@ -32,7 +32,7 @@ from kdkit.plugins.losses.token import JSD
 from kdkit.plugins.teachers.local import LocalTeacher
 from kdkit.plugins.teachers.plugin import LocalTeacherParams
 from kdkit.train.batching import DataOrder, collate
-from kdkit.train.loop import Task, train
+from kdkit.train.loop import data_task, train
 from kdkit.train.objective import LossTerm
 from kdkit.train.params import TrainParams
 
@@ -179,7 +179,8 @@ def kdkit(job: Job) -> Any:
             save_steps=10**9,
         )
         term = LossTerm("jsd", 1.0, JSD(job.beta))
-        task = Task(student, [term], [_in_order(job, ctx)], [1.0], signals=teacher.signals)
+        order = ctx.seed_for("data-order")
+        task = data_task(student, [term], [_in_order(job, ctx)], [1.0], seed=order, signals=teacher.signals)
         train(task, params, ctx, compute=job.compute)
     return student
 

@@ -178,7 +178,7 @@ class TokenBatch:
 
 @dataclass(frozen=True, slots=True)
 class Dense:
-    """The teacher's raw logits for a block: [N, V]."""
+    """The teacher's raw logits for a block: [N, V]. Losses get them in float32, a teacher may give its own dtype."""
 
     logits: Tensor
 

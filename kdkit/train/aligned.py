@@ -13,6 +13,7 @@ from kdkit.api.errors import ConformanceError
 from kdkit.models.chat import Encoded
 from kdkit.train.alignment import NO_GROUP, AlignedRow
 from kdkit.train.batching import collate
+from kdkit.train.divergences import upcast
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -91,7 +92,7 @@ class AlignedSignals:
         its = _Members.of(self.teacher_groups[low:high], span.first, logits.device)
         return AlignedLossInputs(
             student_logits=logits[mine.places],
-            teacher_logits=signal.logits[its.places],
+            teacher_logits=upcast(signal.logits[its.places]),
             student_labels=labels[mine.places],
             teacher_labels=self.labels[low:high][its.places],
             student_groups=mine.groups,

@@ -18,7 +18,7 @@ from kdkit.api.data import TokenBatch
 from kdkit.api.errors import ModelError
 from kdkit.models.heads import split
 from kdkit.train.aligned import AlignedSignals
-from kdkit.train.blocks import Block, block_tokens, blocked_logprobs, blocked_loss
+from kdkit.train.blocks import Block, BlockSizes, block_tokens, blocked_logprobs, blocked_loss
 from kdkit.train.packing import isolates, unpack
 from kdkit.train.policy.terms import PolicyGradient, policy_gradient
 
@@ -97,7 +97,8 @@ class CausalObjective(nn.Module):
         model: A causal language model whose output head is a plain linear layer.
         terms: The weighted losses.
         compute: Dtype of matrix products; None computes in the parameters' own dtype (reference tests).
-        block: Tokens per block; chosen from the vocabulary by default.
+        block: Tokens per block of losses, of which up to four are projected together; both numbers are chosen from
+            vocabulary, device and precision by default.
 
     Raises:
         ModelError: The output head is not a plain linear layer.
@@ -124,8 +125,18 @@ class CausalObjective(nn.Module):
             )
         self._compute = compute
         self._isolates: bool | None = None
+        self._block = block
+
+    def sizes(self) -> BlockSizes:
+        """Tokens worked on at once, where the model is now."""
+        if self._block is not None:
+            return BlockSizes(self._block, 4 * self._block)
+        weight = self._parts.head.weight
         others = sum(term.vocabulary or 0 for term in self.terms if term.kind == "aligned")
-        self._block = block or block_tokens(head.weight.shape[0] + others)
+        if others:  # the teacher's logits are projected for each block of losses, too
+            tokens = block_tokens(weight.shape[0] + others)
+            return BlockSizes(tokens, tokens)
+        return BlockSizes.of(weight.shape[0], weight.device.type, (self._compute or weight.dtype).itemsize)
 
     def isolates(self) -> bool:
         """Whether the trunk keeps rows apart that lie end to end, measured once: on its device, in its precision."""
@@ -170,7 +181,7 @@ class CausalObjective(nn.Module):
         units = [term.kind if found is None else found.per for term, found in zip(terms, gradients, strict=True)]
         scales = {"token": scale, "aligned": group_scale, "sequence": sequence_scale}
         block = replace(block, ratios=tuple(scales[unit] / scale for unit in units), gradients=gradients)
-        loss, sums = blocked_loss(hidden, self._parts.head, block, self._block, self._compute)
+        loss, sums = blocked_loss(hidden, self._parts.head, block, self.sizes(), self._compute)
         groups = signals.groups if isinstance(signals, AlignedSignals) else 0
         tokens = int(labels.shape[0]) if policy is None else policy.tokens
         counts = {"token": tokens, "aligned": groups, "sequence": 0 if policy is None else policy.sequences}
@@ -183,7 +194,7 @@ class CausalObjective(nn.Module):
             return (None,) * len(block.terms)
         head = self._parts.head
         dtype = self._compute or head.weight.dtype
-        taken = iter(blocked_logprobs(hidden, head, block, self._block, dtype))
+        taken = iter(blocked_logprobs(hidden, head, block, self.sizes(), dtype))
         return tuple(
             policy_gradient(term, block.policy, next(taken), block.labels)
             if term.kind == "policy" and block.policy is not None

@@ -13,6 +13,7 @@ from kdkit.models.heads import split
 from kdkit.plugins.losses.token import ForwardKL, cross_entropy
 from kdkit.testing.tiny import tiny_model
 from kdkit.train.batching import collate, micro_batches
+from kdkit.train.blocks import BlockSizes
 from kdkit.train.objective import CausalObjective, LossTerm, block_tokens, valid_hidden
 
 TERMS = (LossTerm("forward-kl", 0.7, ForwardKL(2.0)), LossTerm("cross-entropy", 0.3, cross_entropy))
@@ -154,7 +155,8 @@ def test_the_full_logits_of_neither_model_ever_exist(rows):
     head = {(259, 32), (32, 259)}
     over_vocabulary = {shape for shape in spy.shapes - head if shape and shape[-1] == 259}
     assert (4, 259) in over_vocabulary
-    assert all(len(shape) <= 2 and shape[:-1] <= (4,) for shape in over_vocabulary), over_vocabulary
+    # Four blocks of losses are projected together.
+    assert all(len(shape) <= 2 and shape[:-1] <= (16,) for shape in over_vocabulary), over_vocabulary
 
 
 def test_only_the_shared_vocabulary_is_compared(rows):
@@ -195,6 +197,19 @@ def test_block_size_follows_the_vocabulary():
     assert block_tokens(512) == 4096
     assert 200 < block_tokens(49_152) < 600
     assert block_tokens(10**9) == 16
+    # On a processor a block of losses fits its cache; a product takes as many of them as memory allows.
+    assert BlockSizes.of(49_152, "cpu", 2) == BlockSizes(21, 2730)
+    assert BlockSizes.of(151_936, "cpu", 2) == BlockSizes(6, 883)
+    assert BlockSizes.of(151_936, "cuda", 2) == BlockSizes(110, 883)
+    assert BlockSizes.of(512, "cpu", 4) == BlockSizes(2048, 4096)
+    assert BlockSizes.of(10**9, "cpu", 4) == BlockSizes(4, 4)
+
+
+def test_a_blocked_loss_is_differentiated_once(rows):
+    loss = CausalObjective(tiny_model().train(), TERMS[1:])(collate(rows), None, 1.0).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated once"):
+        loss.backward()
 
 
 def soft_capped():

@@ -12,7 +12,6 @@ from kdkit.api.data import Dense
 from kdkit.models.chat import ChatEncoder
 from kdkit.models.heads import CausalParts, split, verify_split
 from kdkit.models.load import Vocabulary, load_model, load_tokenizer, vocabulary
-from kdkit.train.divergences import upcast
 from kdkit.train.objective import valid_hidden
 from kdkit.train.packing import isolates, unpack
 from kdkit.train.rollout import generate, stop_ids
@@ -35,8 +34,8 @@ class _HiddenSignals:
 
     @torch.no_grad()
     def block(self, start: int, stop: int, /) -> Dense:
-        """Raw float32 logits [stop - start, V]."""
-        return Dense(upcast(self.parts.project(self.hidden[start:stop])))
+        """Raw logits [stop - start, V] in the dtype of the weights."""
+        return Dense(self.parts.project(self.hidden[start:stop]))
 
 
 class LocalTeacher:
