@@ -58,15 +58,16 @@ def run_distill(params: DistillParams, ctx: StageContext) -> StageOutputs:
     """Train on the teacher's distributions.
 
     Raises:
-        ModelError: Teacher and student have different vocabularies, and a loss compares them token by token.
+        ModelError: Teacher and student have different vocabularies, and a loss compares them token by token; or a loss
+            wants another temperature than that of the teacher's stored signals.
     """
-    student = _load(params.model, ctx)
     teacher = ctx.build(params.teacher)
     method = "knowledge distillation"
     if params.on_policy:
         method += f", {params.on_policy:.0%} of the steps on its own answers"
     try:
         fixed = _row_teacher(params, teacher)
+        student = _load(params.model, ctx)
         return _train(params, ctx, student, teacher=teacher, fixed=fixed, method=method)
     finally:
         teacher.close()
