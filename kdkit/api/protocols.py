@@ -172,18 +172,33 @@ class Teacher(Protocol):
 
 @runtime_checkable
 class RowTeacher(Protocol):
-    """A teacher that knows only certain rows, such as a cache: it is asked about all of them before training starts."""
+    """A teacher that knows only certain rows, such as a cache (``TeacherSpec.fixed_rows``).
 
-    def check(self, vocabulary: Any, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Any], /) -> None:
-        """Refuse what it cannot serve.
+    What it cannot serve is found before training starts. ``temperature`` is that of its distributions: losses with
+    another one are refused.
+    """
+
+    temperature: float
+
+    def check_student(self, vocabulary: Any, tokenizer: PreTrainedTokenizerBase, /) -> None:
+        """Refuse a student that its signals do not fit.
 
         Args:
             vocabulary: The student's ``kdkit.models.load.Vocabulary``.
             tokenizer: The student's tokenizer, with its chat template.
-            rows: Every row of training and evaluation, each a ``kdkit.models.chat.Encoded``.
 
         Raises:
             KdkitError: One line that says what does not fit.
+        """
+
+    def check_rows(self, rows: Sequence[Any], /) -> None:
+        """Refuse rows that it does not know.
+
+        Args:
+            rows: Every row of training and evaluation, each a ``kdkit.models.chat.Encoded``.
+
+        Raises:
+            KdkitError: One line that names the first such row.
         """
 
 

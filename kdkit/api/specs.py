@@ -112,7 +112,7 @@ class TeacherSpec(Spec[P]):
     Attributes:
         gives: Kinds of signal.
         fixed_rows: It has signals only for the dataset's own answers (a cache), and is refused where the student writes
-            answers of its own.
+            answers of its own. ``build`` returns a ``RowTeacher``.
     """
 
     kind: ClassVar[str] = "teacher"

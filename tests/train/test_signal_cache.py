@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import math
 
 import numpy as np
@@ -18,9 +17,8 @@ from kdkit.train.signal_cache.bits import pack_unary, pack_widths, read_unary, r
 from kdkit.train.signal_cache.encode import Kept, decode_row, encode_row, join
 from kdkit.train.signal_cache.ids import IdCode, _layout_number
 from kdkit.train.signal_cache.measure import Loss, cached_kl, measure
-from kdkit.train.signal_cache.rows import Row, id_hash, row_hash, rows_of
-from kdkit.train.signal_cache.select import Rule, as_topk
-from kdkit.train.signal_cache.store import Entry, Reader, Writer, read_counts, write_counts
+from kdkit.train.signal_cache.rows import row_hash, rows_of
+from kdkit.train.signal_cache.select import Rule, UnfitTokenError, as_topk
 
 LOSSES = [ForwardKL(), ReverseKL(), JSD(), SkewKL(), SkewReverseKL(), AdaptiveKL(), TotalVariation()]
 
@@ -67,14 +65,15 @@ def test_numbers_of_mixed_widths_come_back(pairs):
 @given(st.lists(st.integers(0, 300), max_size=100))
 def test_unary_numbers_come_back(values):
     data = pack_unary(np.array(values, dtype=np.int64))
-    assert read_unary(as_bytes(data + b"\xff"), len(values)).tolist() == values
+    assert read_unary(as_bytes(data + b"\x00"), len(values)).tolist() == values
 
 
 def test_bits_that_end_too_early_are_refused():
     with pytest.raises(DataError, match="too early"):
         read_widths(as_bytes(b"\x00"), np.array([9]))
-    with pytest.raises(DataError, match="too early"):
-        read_unary(as_bytes(b"\x01"), 2)
+    for count in (0, 2):
+        with pytest.raises(DataError, match=f"1 numbers where {count} belong"):
+            read_unary(as_bytes(b"\x01"), count)
 
 
 def test_layouts_belong_to_the_nearest_power_of_two():
@@ -153,6 +152,10 @@ def rule(**values) -> Rule:
     return Rule(**{**base, **values})
 
 
+def top(ids: list[int], logprobs: list[float], tail: float | None = None) -> TopK:
+    return TopK(torch.tensor([ids]), torch.tensor([logprobs]), None if tail is None else torch.tensor([tail]))
+
+
 def logits(tokens: int = 20, vocabulary: int = 50, seed: int = 0, scale: float = 3.0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(tokens, vocabulary, generator=generator) * scale
@@ -190,14 +193,70 @@ def test_a_sparse_teacher_is_kept_as_it_is():
     ("signal", "message"),
     [
         (TopK(torch.tensor([[1]]), torch.tensor([[-0.1]]), temperature=2.0), "temperature 2, the cache wants 1"),
-        (TopK(torch.tensor([[50]]), torch.tensor([[-0.1]])), "names token 50, the student has 50"),
-        (TopK(torch.tensor([[1]]), torch.tensor([[float("nan")]])), "no log-probabilities"),
-        (TopK(torch.tensor([[1]]), torch.tensor([[0.7]])), "no log-probabilities"),
+        (top([1], [float("nan")]), "gives values that are no log-probabilities"),
+        (top([1, 2], [-1.0, float("nan")]), "gives values that are no log-probabilities"),
+        (top([1, 2], [-1.0, math.inf]), "gives values that are no log-probabilities"),
+        (top([1, 2], [-math.inf, -math.inf]), "gives values that are no log-probabilities"),
+        (top([1], [0.7]), "gives values that are no log-probabilities"),
+        (top([3, 50], [-0.9, -1.5]), "names token 50, of 50"),
+        (top([-1, 3], [-0.9, -1.5]), "names token -1, of 50"),
+        (top([3, 4, 3], [-1.1, -2.0, -1.2]), "names token 3 twice"),
+        (top([3, 4], [-0.1, -0.1]), "gives probabilities that sum to 1.81"),
+        (top([3, 4], [-0.8, -1.9], 0.9), "gives probabilities that sum to 1.499 with their tail"),
+        (top([3, 4], [-0.8, -1.9], 0.2), "gives probabilities that sum to 0.7989 with their tail"),
+        (top([3, 4], [-0.8, -1.9], float("nan")), "sum to nan with their tail"),
     ],
 )
 def test_a_sparse_teacher_that_does_not_fit_is_refused(signal, message):
     with pytest.raises(ConformanceError, match=message):
         rule().keep(signal)
+
+
+def test_empty_slots_of_a_sparse_teacher_may_have_any_id():
+    kept = rule().keep(top([7, 7, -1, 9], [-0.8, -math.inf, -math.inf, -1.9], 1 - math.exp(-0.8) - math.exp(-1.9)))
+    assert kept.ids.tolist() == [7, 9]
+    assert kept.tail == pytest.approx([1 - math.exp(-0.8) - math.exp(-1.9)], abs=1e-6)
+
+
+@pytest.mark.parametrize("value", [float("nan"), math.inf])
+def test_a_logit_that_is_no_number_is_refused_with_its_token(value):
+    wrong = logits()
+    wrong[13, 7] = value
+    with pytest.raises(UnfitTokenError, match="gives logits that are NaN or infinite") as caught:
+        rule(max_k=3).keep(Dense(wrong))
+    assert caught.value.token == 13
+    with pytest.raises(UnfitTokenError):
+        rule(max_k=3).keep(Dense(torch.full((1, 50), -math.inf)))
+
+
+def test_a_logit_of_minus_infinity_is_a_probability_of_zero():
+    values = logits()
+    values[:, 20:] = -math.inf
+    kept = rule().keep(Dense(values))
+    assert kept.ids.max() < 20
+    assert kept.tail == pytest.approx(np.zeros(20), abs=1e-6)
+
+
+@pytest.mark.parametrize("value", [float("nan"), math.inf, -math.inf])
+def test_no_number_that_is_not_finite_is_written(value):
+    code = IdCode(np.zeros(50, dtype=np.int64))
+    for logprobs, tail in (([-1.0, value], 0.2), ([-1.0, -1.0], value)):
+        kept = Kept(np.array([2]), np.array([3, 4]), np.array(logprobs), np.array([tail]))
+        with pytest.raises(ConformanceError, match="not finite"):
+            encode_row(kept, code, 7)
+
+
+def test_a_kept_id_that_is_nearly_impossible_comes_back():
+    """Of a sparse teacher, the most probable id it names is kept, however improbable."""
+    code = IdCode(np.zeros(50, dtype=np.int64))
+    for value in (-30.0, -1000.0):
+        kept = Kept(np.array([1, 2]), np.array([3, 4, 5]), np.array([value, -0.1, value]), np.array([1.0, 0.1]))
+        read = decode_row(encode_row(kept, code, 7), 2, code)
+        assert read.ids.tolist() == [3, 4, 5] or read.ids.tolist() == [3, 5, 4]
+        assert np.isfinite(read.logprobs).all()
+        assert by_id(read)[0][3] < -9
+        # The rarest of a token with others has one level, not none.
+        assert by_id(read)[1][5] == pytest.approx(3 * math.log(1 / 123), abs=0.2)
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: type(loss).__name__)
@@ -243,6 +302,25 @@ def test_the_divergence_counts_the_tail_as_spread_evenly():
     assert float(cached_kl(flat, rule(max_k=2, vocabulary=4).keep(Dense(flat)), 1.0)) == pytest.approx(0, abs=1e-6)
 
 
+def test_a_tail_of_zero_leaves_the_divergence_finite():
+    probs = torch.tensor([[0.6, 0.4 - 2e-9, 1e-9, 1e-9]])
+    kept = Kept(np.array([2]), np.array([0, 1]), np.log([0.6, 0.4]), np.zeros(1))
+    assert float(cached_kl(probs.log(), kept, 1.0)) == pytest.approx(0, abs=1e-6)
+
+
+def test_the_cosine_near_the_teacher_shows_what_the_one_at_the_start_does_not():
+    teacher, total = logits(), Loss()
+    measure(total, teacher, logits(seed=1), rule(max_k=2).keep(Dense(teacher)), 1.0)
+    values = total.values()
+    assert values["gradient_cosine_near_teacher"] < values["gradient_cosine_start"] < 1
+    exact = Loss()
+    measure(exact, teacher, logits(seed=1), rule().keep(Dense(teacher)), 1.0)
+    assert exact.values()["gradient_cosine_near_teacher"] == pytest.approx(1, abs=1e-3)
+    again = Loss()
+    measure(again, teacher, logits(seed=1), rule(max_k=2).keep(Dense(teacher)), 1.0)
+    assert again.values() == values
+
+
 def test_the_measured_gradient_is_that_of_training():
     teacher, student = logits(), logits(seed=1)
     total = Loss()
@@ -255,7 +333,7 @@ def test_the_measured_gradient_is_that_of_training():
     scale = (p * ~inside).sum(-1, keepdim=True) / (q * ~inside).sum(-1, keepdim=True)
     cached = q - torch.where(inside, p, q * scale)
     want = float((full * cached).sum() / (full.norm() * cached.norm()))
-    assert total.values()["gradient_cosine"] == pytest.approx(want, abs=1e-5)
+    assert total.values()["gradient_cosine_start"] == pytest.approx(want, abs=1e-5)
     assert want < 0.999
 
 
@@ -278,120 +356,3 @@ def test_a_row_is_another_when_a_token_or_what_is_learned_changes():
     assert same == row_hash(np.array(ids), np.array([True, False, True, True])), "the first token is never learned"
     others = [row_hash((5, 6, 7, 9), learned), row_hash(ids[:3], learned[:3]), row_hash(ids, (False, True, True, True))]
     assert len({same, *others}) == 4
-
-
-# --- files ------------------------------------------------------------------------------------------------------------
-
-
-def entries(count: int, *, start: int = 0) -> list[Entry]:
-    made = []
-    for index in range(start, start + count):
-        kept = made_up(index, 300, 4, scale=2, most=30)
-        made.append(Entry(Row(f"row-{index}", row_hash((index, 1, 2), (False, True, True)), 4), kept))
-    return made
-
-
-def write(directory, *shards: list[Entry]) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
-    write_counts(directory, np.arange(300))
-    writer = Writer(directory, IdCode(read_counts(directory, 300)), 8)
-    for number, shard in enumerate(shards):
-        writer.write(number, shard)
-    writer.finish(len(shards), {"vocabulary": {"width": 300}, "rule": {"bits": 8}})
-
-
-def test_rows_are_read_one_by_one_from_any_shard(tmp_path):
-    shards = entries(7), entries(5, start=7)
-    write(tmp_path, *shards)
-    reader = Reader(tmp_path)
-    assert reader.description["totals"] == {
-        "rows": 12, "tokens": 48, "bytes": sum(f.stat().st_size for f in tmp_path.iterdir() if f.suffix != ".json")
-    }  # fmt: skip
-    for entry in (*shards[0], *shards[1]):
-        place = reader.find(entry.row.hash)
-        assert place is not None
-        assert [set(token) for token in by_id(reader.read(place))] == [set(token) for token in by_id(entry.kept)]
-        assert reader.knows(entry.row.id)
-    assert reader.find(b"\0" * 16) is None
-    assert not reader.knows("row-12")
-
-
-def test_hashes_that_end_in_zero_are_found(tmp_path):
-    kept = made_up(1, 300, 4, scale=2, most=30)
-    hashes = [bytes([7] * 15 + [0]), bytes([7] * 16), bytes([0] * 16)]
-    write(tmp_path, [Entry(Row(f"{h}", h, 4), kept) for h in hashes])
-    assert len({Reader(tmp_path).find(h) for h in hashes}) == 3
-    assert len(id_hash("\ud800")) == 8
-
-
-def test_a_cache_grows_by_shards(tmp_path):
-    write(tmp_path / "a", entries(7), entries(5, start=7))
-    write(tmp_path / "b", entries(7))
-    first = (tmp_path / "b" / "shard-00000.kdsc").read_bytes()
-    writer = Writer(tmp_path / "b", IdCode(read_counts(tmp_path / "b", 300)), 8)
-    writer.write(1, entries(5, start=7))
-    writer.finish(2, {"vocabulary": {"width": 300}, "rule": {"bits": 8}})
-    assert (tmp_path / "b" / "shard-00000.kdsc").read_bytes() == first
-    for file in (tmp_path / "a").iterdir():
-        assert (tmp_path / "b" / file.name).read_bytes() == file.read_bytes()
-
-
-@pytest.mark.parametrize("cut", [1, 6, 30, 200])
-def test_a_shard_that_was_cut_off_is_not_there(tmp_path, cut):
-    write(tmp_path, entries(7))
-    shard = tmp_path / "shard-00000.kdsc"
-    writer = Writer(tmp_path, IdCode(read_counts(tmp_path, 300)), 8)
-    rows = [entry.row for entry in entries(7)]
-    assert writer.has(0, rows)
-    assert not writer.has(0, rows[:6])
-    assert not writer.has(1, rows)
-    shard.write_bytes(shard.read_bytes()[:-cut])
-    assert not writer.has(0, rows)
-    with pytest.raises(DataError, match=r"shard-00000.kdsc: (is cut off or damaged|has a damaged index)"):
-        Reader(tmp_path)
-
-
-def test_damage_is_found_where_it_is(tmp_path):
-    write(tmp_path, entries(7))
-    shard = tmp_path / "shard-00000.kdsc"
-    data = bytearray(shard.read_bytes())
-    data[20] ^= 1
-    shard.write_bytes(bytes(data))
-    assert not Writer(tmp_path, IdCode(read_counts(tmp_path, 300)), 8).has(0, [entry.row for entry in entries(7)])
-    reader = Reader(tmp_path)
-    places = [reader.find(entry.row.hash) for entry in entries(7)]
-    with pytest.raises(DataError, match="at byte 6: a row is damaged"):
-        reader.read(places[0])
-    assert [reader.read(place).tokens for place in places[1:]] == [4] * 6
-
-
-def test_other_files_than_described_are_refused(tmp_path):
-    write(tmp_path, entries(7))
-    write(tmp_path / "other", entries(7, start=50))
-    about = tmp_path / "cache.json"
-    text = about.read_text()
-    (tmp_path / "shard-00000.kdsc").write_bytes((tmp_path / "other" / "shard-00000.kdsc").read_bytes())
-    with pytest.raises(DataError, match="not the shard that cache"):
-        Reader(tmp_path)
-    write(tmp_path, entries(7))
-    write_counts(tmp_path, np.arange(300)[::-1])
-    with pytest.raises(DataError, match="is not the one"):
-        Reader(tmp_path)
-    (tmp_path / "counts.bin").write_bytes(b"no")
-    with pytest.raises(DataError, match="cannot be read"):
-        Reader(tmp_path)
-    about.write_text(text.replace('"bits": 8', '"bits": 9'))
-    with pytest.raises(DataError, match="was changed after it was written"):
-        Reader(tmp_path)
-    about.write_text(json.dumps({"format": 99, "sha256": ""}))
-    with pytest.raises(DataError, match="has format 99; allowed: 1"):
-        Reader(tmp_path)
-    about.unlink()
-    with pytest.raises(DataError, match="no finished teacher cache"):
-        Reader(tmp_path)
-
-
-def test_leftovers_of_an_interruption_are_removed(tmp_path):
-    (tmp_path / "shard-00003.kdsc.tmp").write_bytes(b"half")
-    Writer(tmp_path, IdCode(np.zeros(300, dtype=np.int64)), 8)
-    assert not list(tmp_path.iterdir())

@@ -43,6 +43,9 @@ class CacheTeacherStageParams(Params):
     """Rows of one forward pass; in bf16 the rounding depends on it."""
     measured_rows: int = Field(32, ge=1)
     """Rows on which the error of the cache is measured."""
+    extends: Ref[SignalCache] | None = None
+    """A cache of the same teacher, rule and student: its rows become part of this one, and only rows that it does not
+    have are asked. Another teacher or rule is refused."""
 
 
 def _run(params: CacheTeacherStageParams, ctx: StageContext) -> StageOutputs:

@@ -59,17 +59,37 @@ def run_distill(params: DistillParams, ctx: StageContext) -> StageOutputs:
     """Train on the teacher's distributions.
 
     Raises:
-        ModelError: Teacher and student have different vocabularies, and a loss compares them token by token.
+        ModelError: Teacher and student have different vocabularies, and a loss compares them token by token; or a loss
+            wants another temperature than that of the teacher's stored signals.
     """
-    student = _load(params.model, ctx)
     teacher = ctx.build(params.teacher)
     method = "knowledge distillation"
     if params.on_policy:
         method += f", {params.on_policy:.0%} of the steps on its own answers"
     try:
-        return _train(params, ctx, student, teacher=teacher, method=method)
+        fixed = _row_teacher(params, teacher)
+        student = _load(params.model, ctx)
+        return _train(params, ctx, student, teacher=teacher, fixed=fixed, method=method)
     finally:
         teacher.close()
+
+
+def _row_teacher(params: DistillParams, teacher: Teacher) -> RowTeacher | None:
+    """The teacher, when it knows certain rows only.
+
+    Raises:
+        ModelError: A loss wants another temperature than that of its distributions.
+    """
+    if not params.teacher.found.spec.fixed_rows or not isinstance(teacher, RowTeacher):  # type: ignore[attr-defined]
+        return None
+    taken = teacher.temperature
+    for loss in params.losses:
+        wanted = getattr(loss.params, "temperature", taken)
+        if loss.found.spec.needs and not math.isclose(wanted, taken, rel_tol=1e-6):  # type: ignore[attr-defined]
+            what = f"the teacher's signals were taken at temperature {taken:g}, the loss '{loss.name}' wants {wanted:g}"
+            hint = f"set 'temperature: {taken:g}' on the loss, or take the signals again at {wanted:g}"
+            raise ModelError(what, where=f"teacher '{params.teacher.name}'", hint=hint)
+    return teacher
 
 
 def _load(ref: Any, ctx: StageContext) -> _Student:
@@ -81,9 +101,17 @@ def _load(ref: Any, ctx: StageContext) -> _Student:
 
 
 def _train(
-    params: TrainParams, ctx: StageContext, student: _Student, *, teacher: Teacher | None, method: str
+    params: TrainParams,
+    ctx: StageContext,
+    student: _Student,
+    *,
+    teacher: Teacher | None,
+    fixed: RowTeacher | None = None,
+    method: str,
 ) -> StageOutputs:
     own = vocabulary(student.tokenizer, student.model)
+    if fixed is not None:
+        fixed.check_student(own, student.tokenizer)
     encoder = ChatEncoder(student.tokenizer)
     reader, shared = None, None
     if teacher is not None and _is_aligned(params):
@@ -107,8 +135,8 @@ def _train(
         signals=teacher.signals if teacher is not None else None,
         on_policy=_on_policy(params, ctx, student, encoder, shared, compute),
     )
-    if isinstance(teacher, RowTeacher):
-        teacher.check(own, student.tokenizer, [row for rows in (*data, task.held_out) for row in rows])
+    if fixed is not None:
+        fixed.check_rows([row for rows in (*data, task.held_out) for row in rows])
     # Before the work: what cannot be saved afterwards must not be found out afterwards.
     _stop_where_trained(student.model, encoder)
     result = train(task, params, ctx, compute=compute)

@@ -44,21 +44,32 @@ class CacheTeacher:
     def __init__(self, params: CacheTeacherParams, ctx: BuildContext) -> None:
         self._path = ctx.resolve(params.cache).path
         self._reader = Reader(self._path)
-        about = self._reader.description
+        about = self._about = self._reader.description
         if params.model is not None:
             check_weights(about, ctx.resolve(params.model), str(self._path))
-        made = about["vocabulary"]
+        made = about.vocabulary
         # Entries beyond the width were never compared: for training, the teacher has no more than that.
-        self.vocabulary = Vocabulary(size=made["width"], tokens=made["tokens"], fingerprint=made["fingerprint"])
-        self._temperature = float(about["rule"]["temperature"])
+        self.vocabulary = Vocabulary(size=made.width, tokens=made.tokens, fingerprint=made.fingerprint)
+        self.temperature = about.rule.temperature
+        whose = f"{about.teacher.name!r} (fingerprint {about.digest[:12]})"
+        ctx.log(f"teacher cache of {whose} at temperature {self.temperature:g}, {about.totals.rows:,} rows")
 
-    def check(self, vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Encoded], /) -> None:
-        """Refuse another student and every row that is not in the cache.
+    def check_student(self, vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase, /) -> None:
+        """Refuse a student that the cache was not made for, and a code of ids that is not the cache's.
+
+        Raises:
+            DataError: One line that says what to do.
+        """
+        check_student(self._about, vocabulary, tokenizer, str(self._path))
+        # Made now, when its width is known to be no larger than the student's.
+        _ = self._reader.code
+
+    def check_rows(self, rows: Sequence[Encoded], /) -> None:
+        """Refuse every row that is not in the cache.
 
         Raises:
             DataError: One line with the first such row.
         """
-        check_student(self._reader.description, vocabulary, tokenizer, str(self._path))
         missing = [row for row in rows if self._reader.find(row_hash(row.ids, row.learned)) is None]
         if missing:
             raise self._unknown(missing[0].id, f"{len(missing)} of {len(rows)} rows have no signals; the first: ")
@@ -70,7 +81,7 @@ class CacheTeacher:
             DataError: A row is not in the cache, was rendered or cut in another way, or is damaged.
         """
         kept = join([self._read(row) for row in rows_of(batch)])
-        return _KeptSignals(kept, self._temperature, batch.input_ids.device)
+        return _KeptSignals(kept, self.temperature, batch.input_ids.device)
 
     def generate(self, prompts: Sequence[Example], sampling: Sampling, seed: int, /) -> Sequence[Completion]:
         """Never: a cache has no text."""
@@ -97,6 +108,6 @@ class CacheTeacher:
         hint = (
             "rows must be rendered and cut as they were: same template, max_length, overlong and data options"
             if known
-            else "add its dataset to the data of the cache-teacher stage"
+            else "add its dataset to the data of the cache-teacher stage, which can extend this cache"
         )
         return DataError(f"{count}row {example_id!r} {why}", where=str(self._path), hint=hint)

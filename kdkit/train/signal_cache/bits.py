@@ -58,14 +58,16 @@ def pack_unary(values: Ints) -> bytes:
 
 
 def read_unary(data: Bytes, count: int) -> Ints:
-    """The first ``count`` values that :func:`pack_unary` wrote.
+    """The ``count`` values that :func:`pack_unary` wrote.
 
     Raises:
-        DataError: There are fewer.
+        DataError: There are fewer, or more.
     """
-    ones = np.flatnonzero(np.unpackbits(data))[:count]
-    if len(ones) < count:
-        raise DataError("the bits end too early")
+    bits = np.unpackbits(data)
+    # Counted first: places take eight times the room of the bits.
+    if (found := int(np.count_nonzero(bits))) != count:
+        raise DataError(f"there are {found} numbers where {count} belong")
+    ones = np.flatnonzero(bits)
     return np.diff(ones, prepend=-1) - 1
 
 

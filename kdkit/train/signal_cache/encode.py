@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from kdkit.api.errors import DataError
+from kdkit.api.errors import ConformanceError, DataError
 from kdkit.train.signal_cache.bits import MAX_WIDTH, pack_unary, pack_widths, read_unary, read_widths, segment_starts
 
 if TYPE_CHECKING:
@@ -33,8 +33,12 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
     Bytes = NDArray[np.uint8]
 
-__all__ = ["Kept", "decode_row", "encode_row", "join", "lowest_probability"]
+__all__ = ["MOST_BYTES", "MOST_KEPT", "Kept", "decode_row", "encode_row", "join", "lowest_probability"]
 
+MOST_KEPT: Final = 2**25
+"""Kept ids of one row: 512 for each of 65,536 tokens. It bounds the memory that reading a row can take."""
+MOST_BYTES: Final = 2**27
+"""Bytes of one row."""
 _HEAD: Final = struct.Struct("<BBII")
 _ODDS: Final = 1500
 """Steps of the tail's log-odds in one nat."""
@@ -72,7 +76,10 @@ class Kept:
 
 
 def join(parts: Sequence[Kept]) -> Kept:
-    """Several, one after the other."""
+    """Several, one after the other; of none, no token."""
+    if not parts:
+        none, nothing = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.float64)
+        return Kept(none, none, nothing, nothing)
     fields = ("k", "ids", "logprobs", "tail")
     return Kept(*(np.concatenate([getattr(part, name) for part in parts]) for name in fields))
 
@@ -83,7 +90,15 @@ def lowest_probability(bits: int) -> float:
 
 
 def encode_row(kept: Kept, code: IdCode, bits: int) -> bytes:
-    """The row's bytes. ``bits``: of a level, 6 to 16; every probability is at least :func:`lowest_probability`."""
+    """The row's bytes. ``bits``: of a level, 6 to 16; a probability below :func:`lowest_probability` becomes that.
+
+    Raises:
+        ConformanceError: A number is not finite, or the row is too large to be read again.
+    """
+    if not (np.isfinite(kept.logprobs).all() and np.isfinite(kept.tail).all()):
+        raise ConformanceError("a probability to be kept is not finite")
+    if len(kept.ids) > MOST_KEPT:
+        raise ConformanceError(f"keeps {len(kept.ids):,} ids", allowed=f"{MOST_KEPT:,} in one row", hint="lower max_k")
     begins = segment_starts(kept.k)
     unary, low, back = code.encode(kept.ids, kept.k)
     levels = np.rint(np.cbrt(np.exp(kept.logprobs[back])) * _top(bits)).astype(np.int64)
@@ -98,7 +113,10 @@ def encode_row(kept: Kept, code: IdCode, bits: int) -> bytes:
     wide = int(kept.k.max() - 1).bit_length(), int(least.max()).bit_length()
     head = pack_widths(np.concatenate([kept.k - 1, _odds(kept), least, rice]), _head_widths(kept.tokens, *wide))
     fine = pack_widths(above & ((1 << widths) - 1), widths)
-    return b"".join((_HEAD.pack(*wide, len(unary), len(rest)), head, unary, rest, fine, low))
+    data = b"".join((_HEAD.pack(*wide, len(unary), len(rest)), head, unary, rest, fine, low))
+    if len(data) > MOST_BYTES:
+        raise ConformanceError(f"takes {len(data):,} bytes", allowed=f"{MOST_BYTES:,} in one row", hint="lower max_k")
+    return data
 
 
 def decode_row(data: bytes, tokens: int, code: IdCode) -> Kept:
@@ -111,18 +129,25 @@ def decode_row(data: bytes, tokens: int, code: IdCode) -> Kept:
         wide_k, wide_least, unary_size, rest_size = _HEAD.unpack_from(data)
     except struct.error as error:
         raise DataError("the row ends too early") from error
-    if max(wide_k, wide_least) > MAX_WIDTH:
-        raise DataError("a width is impossible")
     body = np.frombuffer(data, dtype=np.uint8, offset=_HEAD.size)
-    widths = _head_widths(tokens, wide_k, wide_least)
-    heads = read_widths(body, widths).reshape(4, tokens)
+    # Whatever is claimed, nothing is made that is larger than the bytes that are there allow.
+    bits = tokens * (16 + _RICE + wide_k + wide_least)
+    if max(wide_k, wide_least) > MAX_WIDTH or tokens < 1 or bits > 8 * len(body):
+        raise DataError("the head of the row is impossible")
+    heads = read_widths(body, _head_widths(tokens, wide_k, wide_least)).reshape(4, tokens)
     k, odds, least, rice = heads[0] + 1, heads[1], heads[2], heads[3]
-    body = body[-(-int(widths.sum()) // 8) :]
+    body = body[-(-bits // 8) :]
+    # Every kept id has at least one bit in either unary part.
+    most = min(8 * unary_size, 8 * rest_size, MOST_KEPT)
+    if unary_size + rest_size > len(body) or int(k.max()) > len(code.counts) or int(k.sum()) > most:
+        raise DataError("the row claims more ids than it can have")
     unary, rest, body = body[:unary_size], body[unary_size:][:rest_size], body[unary_size + rest_size :]
     fine = np.repeat(rice, k)
-    above = (read_unary(rest, int(k.sum())) << fine) | read_widths(body, fine)
+    above = (read_unary(rest, len(fine)) << fine) | read_widths(body, fine)
     ids = code.decode(unary, body[-(-int(fine.sum()) // 8) :], k)
     levels = above + np.repeat(least, k)
+    if int(levels.min()) < 1:
+        raise DataError("a level is zero")
     return _whole(k, ids, levels, odds)
 
 
@@ -139,7 +164,8 @@ def _odds(kept: Kept) -> Ints:
     """Log-odds of the tail as 1 to 65535; 0 where there is none."""
     inside = np.add.reduceat(np.exp(kept.logprobs), segment_starts(kept.k))
     known = kept.tail > 0
-    logit = np.log(np.where(known, kept.tail, 1.0)) - np.log(inside)
+    # The exponential of a log-probability below -745 is zero.
+    logit = np.log(np.where(known, kept.tail, 1.0)) - np.log(np.maximum(inside, np.finfo(np.float64).tiny))
     return np.where(known, np.clip(np.rint(logit * _ODDS).astype(np.int64) + _MIDDLE, 1, 2 * _MIDDLE - 1), 0)
 
 

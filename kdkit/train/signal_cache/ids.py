@@ -112,12 +112,17 @@ class IdCode:
         begins = segment_starts(k)
         running = np.cumsum(steps)
         bucket = running - np.repeat(running[begins] - steps[begins], k)
-        place = first[np.repeat(_layout_number(k), k)] + bucket
-        if len(place) and int(place.max()) >= len(starts):
+        layout = np.repeat(_layout_number(k), k)
+        place = first[layout] + bucket
+        if bool((place >= np.append(first[1:], len(starts))[layout]).any()):
             raise DataError("an id lies beyond the vocabulary")
         rank = starts[place] + read_widths(low, widths[place])
-        if len(rank) and int(rank.max()) >= len(self.order):
+        if int(rank.max(initial=0)) >= len(self.order):
             raise DataError("an id lies beyond the vocabulary")
+        rising = np.diff(rank) > 0
+        rising[begins[1:] - 1] = True
+        if not rising.all():
+            raise DataError("the ids of a token are not in order")
         ids: Ints = self.order[rank]
         return ids
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
 
 import torch
 
@@ -16,24 +17,53 @@ if TYPE_CHECKING:
 
     from kdkit.train.signal_cache.encode import Kept
 
-__all__ = ["Loss", "cached_kl", "measure"]
+__all__ = ["Cosine", "Loss", "cached_kl", "measure"]
+
+_NEAR: Final = 0.1
+"""Standard deviation of the noise that makes logits near the teacher's."""
 
 
 @dataclass(slots=True)
-class Loss:
-    """Sums over blocks. ``kl``: nats. The three products are of the gradients with respect to the student's logits."""
+class Cosine:
+    """Products of two gradients with respect to the same logits, summed over blocks."""
 
-    tokens: int = 0
-    kl: float = 0.0
     both: float = 0.0
     full: float = 0.0
     cached: float = 0.0
 
+    def add(self, full: Tensor, cached: Tensor) -> None:
+        """Add a block."""
+        self.both += float((full * cached).sum())
+        self.full += float((full * full).sum())
+        self.cached += float((cached * cached).sum())
+
+    @property
+    def value(self) -> float:
+        """The cosine of the gradients of all blocks together."""
+        return self.both / max(math.sqrt(self.full * self.cached), 1e-300)
+
+
+@dataclass(slots=True)
+class Loss:
+    """Sums over blocks. ``kl``: nats.
+
+    Attributes:
+        start: Gradients where the student is. Far from the teacher, nearly any cut of it points the same way.
+        near: Gradients close to the teacher, where training is to end: what was cut off is most of what is left.
+    """
+
+    tokens: int = 0
+    kl: float = 0.0
+    start: Cosine = field(default_factory=Cosine)
+    near: Cosine = field(default_factory=Cosine)
+    noise: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
+
     def values(self) -> dict[str, float]:
-        """KL(full || cached) in nats per token, and the cosine of the two gradients of all blocks together."""
+        """KL(full || cached) in nats per token, and the cosines of the gradients."""
         return {
             "kl": self.kl / max(self.tokens, 1),
-            "gradient_cosine": self.both / max((self.full * self.cached) ** 0.5, 1e-300),
+            "gradient_cosine_start": self.start.value,
+            "gradient_cosine_near_teacher": self.near.value,
         }
 
 
@@ -63,8 +93,9 @@ def cached_kl(logits: Tensor, kept: Kept, temperature: float) -> Tensor:
 def measure(total: Loss, teacher: Tensor, student: Tensor, kept: Kept, temperature: float) -> None:
     """Add a block to ``total``.
 
-    The gradients are those of the forward KL with respect to the student's logits: against the full distribution, and
-    as training takes it from the cache, over the kept ids and one class for all others.
+    The gradients are those of the forward KL with respect to a student's logits: against the full distribution, and as
+    training takes it from the cache, over the kept ids and one class for all others. They are taken at the student's
+    logits, and at the teacher's with normal noise of 0.1.
 
     Args:
         total: Sums to add to.
@@ -76,10 +107,9 @@ def measure(total: Loss, teacher: Tensor, student: Tensor, kept: Kept, temperatu
     total.tokens += kept.tokens
     total.kl += float(cached_kl(teacher, kept, temperature).sum())
     signals = Dense(teacher), as_topk(kept, temperature, teacher.device)
-    full, cached = (_gradient(student, signal, temperature) for signal in signals)
-    total.both += float((full * cached).sum())
-    total.full += float((full * full).sum())
-    total.cached += float((cached * cached).sum())
+    noise = torch.randn(teacher.shape, generator=total.noise).to(teacher.device)
+    for cosine, logits in ((total.start, student), (total.near, upcast(teacher) + _NEAR * noise)):
+        cosine.add(*(_gradient(logits, signal, temperature) for signal in signals))
 
 
 def _gradient(student: Tensor, signal: Dense | object, temperature: float) -> Tensor:

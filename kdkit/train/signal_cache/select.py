@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import torch
@@ -14,11 +14,30 @@ from kdkit.train.divergences import upcast
 from kdkit.train.signal_cache.encode import Kept, lowest_probability
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
-    from kdkit.api import TeacherSignal
+    from kdkit.api.data import TeacherSignal
 
-__all__ = ["Rule", "as_topk"]
+__all__ = ["Rule", "UnfitTokenError", "as_topk"]
+
+_EXCESS: Final = 1e-3
+"""By how much a sum of probabilities may exceed 1, from rounding."""
+_TAIL_GAP: Final = 1e-2
+"""How far probabilities and a tail that the teacher gives may be from 1 together."""
+
+
+class UnfitTokenError(ConformanceError):
+    """What a teacher says about one token is no distribution.
+
+    Attributes:
+        token: Which token of the block.
+    """
+
+    def __init__(self, what: str, token: int) -> None:
+        super().__init__(f"the teacher {what}")
+        self.token = token
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,8 +65,10 @@ class Rule:
         """What is kept of a block.
 
         Raises:
-            ConformanceError: A top-k signal has another temperature, ids beyond the vocabulary, or values that are no
-                log-probabilities.
+            ConformanceError: A top-k signal has another temperature.
+            UnfitTokenError: A token has logits that are NaN or infinite (-inf is a probability of zero), or top-k
+                values that are no log-probabilities, of ids that do not exist or repeat, or that do not sum to 1 with
+                the tail.
         """
         ids, logprobs = self._dense(signal) if isinstance(signal, Dense) else self._sparse(signal)
         logprobs = logprobs.double()
@@ -67,7 +88,10 @@ class Rule:
         logits = upcast(signal.logits[:, : self.vocabulary])
         scaled = logits / self.temperature
         top = scaled.topk(min(self.max_k, scaled.shape[-1]), dim=-1)
-        return top.indices, top.values - scaled.logsumexp(dim=-1, keepdim=True)
+        total = scaled.logsumexp(dim=-1, keepdim=True)
+        # A NaN or +inf anywhere in the row, and a row of -inf alone, have such a sum.
+        _refuse(~total.isfinite()[:, 0], lambda _: "gives logits that are NaN or infinite")
+        return top.indices, top.values - total
 
     def _sparse(self, signal: TopK) -> tuple[Tensor, Tensor]:
         if signal.temperature != self.temperature:
@@ -75,13 +99,42 @@ class Rule:
                 f"the teacher's top-k is taken at temperature {signal.temperature:g}, "
                 f"the cache wants {self.temperature:g}"
             )
-        highest = int(signal.ids.max()) if signal.ids.numel() else 0
-        if highest >= self.vocabulary:
-            raise ConformanceError(f"the teacher names token {highest}, the student has {self.vocabulary}")
-        if not bool(signal.logprobs.isfinite().any(-1).all()) or float(signal.logprobs.max()) > 1e-3:
-            raise ConformanceError("the teacher's top-k has values that are no log-probabilities")
-        order = signal.logprobs.topk(min(self.max_k, signal.ids.shape[-1]), dim=-1)
-        return signal.ids.gather(-1, order.indices), order.values
+        ids, logprobs = signal.ids, signal.logprobs.double()
+        # An empty slot may have any id.
+        used = logprobs > -torch.inf
+        bad = ~(logprobs <= _EXCESS) | ~used.any(-1, keepdim=True)
+        _refuse(bad.any(-1), lambda _: "gives values that are no log-probabilities")
+        strange = used & ((ids < 0) | (ids >= self.vocabulary))
+        _refuse(strange.any(-1), lambda row: f"names token {_first(ids, strange, row)}, of {self.vocabulary:,}")
+        self._check_sets(ids, used)
+        _check_sums(logprobs.exp().sum(-1), signal.tail_mass)
+        order = logprobs.topk(min(self.max_k, ids.shape[-1]), dim=-1)
+        return ids.gather(-1, order.indices), order.values
+
+    def _check_sets(self, ids: Tensor, used: Tensor) -> None:
+        """No id twice; every empty slot counts as an id of its own."""
+        empty = self.vocabulary + torch.arange(ids.shape[-1], device=ids.device)
+        ordered = torch.where(used, ids, empty).sort(dim=-1).values
+        again = ordered[:, 1:] == ordered[:, :-1]
+        _refuse(again.any(-1), lambda row: f"names token {_first(ordered[:, 1:], again, row)} twice")
+
+
+def _check_sums(inside: Tensor, tail: Tensor | None) -> None:
+    _refuse(inside > 1 + _EXCESS, lambda row: f"gives probabilities that sum to {float(inside[row]):.4g}")
+    if tail is not None:
+        whole = inside + tail.double()
+        wrong = ~((tail >= -_TAIL_GAP) & ((whole - 1).abs() <= _TAIL_GAP))
+        _refuse(wrong, lambda row: f"gives probabilities that sum to {float(whole[row]):.4g} with their tail")
+
+
+def _refuse(wrong: Tensor, what: Callable[[int], str]) -> None:
+    if bool(wrong.any()):
+        token = int(wrong.int().argmax())
+        raise UnfitTokenError(what(token), token)
+
+
+def _first(values: Tensor, where: Tensor, row: int) -> int:
+    return int(values[row][where[row]][0])
 
 
 def as_topk(kept: Kept, temperature: float, device: torch.device | str) -> TopK:

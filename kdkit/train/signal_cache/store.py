@@ -1,9 +1,10 @@
 """Rows on disk: shards that are whole or not there, and one description of all of them.
 
-``shard-00000.kdsc``: a mark, the rows' bytes, an index of fixed-size records, and a footer with the index's checksum.
-Every record has the checksum of its row. ``counts.bin``: how often each id was kept in the sample the id code was made
-from. ``cache.json``, written last: what the cache belongs to, the sha256 of every shard's index, and a hash of itself.
-No shard is ever changed, so a cache grows by new shards and a new description.
+``shard-00000.kdsc``: a head (a mark, the bits of a level, the digests of the id code and of the cache's identity), the
+rows' bytes, an index of fixed-size records, and a footer with the index's checksum. Every record has the checksum of
+its row. ``counts.bin``: how often each id was kept in the sample the id code was made from. ``cache.json``, written
+last: what the cache belongs to, the sha256 of every shard's index, and a hash of itself. No shard is ever changed, so a
+cache grows by new shards and a new description.
 """
 
 from __future__ import annotations
@@ -13,32 +14,43 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 import numpy as np
 
 from kdkit.api.errors import DataError
-from kdkit.train.signal_cache.encode import Kept, decode_row, encode_row
+from kdkit.train.signal_cache.description import (
+    DESCRIPTION,
+    FORMAT,
+    MOST_VOCABULARY,
+    Description,
+    Start,
+    read_description,
+    self_hash,
+)
+from kdkit.train.signal_cache.encode import MOST_BYTES, Kept, decode_row, encode_row
+from kdkit.train.signal_cache.files import open_file, place, read_file, write_file
 from kdkit.train.signal_cache.ids import IdCode
 from kdkit.train.signal_cache.rows import Row, id_hash
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["DESCRIPTION", "FORMAT", "Entry", "Reader", "Writer", "read_counts", "write_counts"]
+__all__ = ["Entry", "Reader", "Writer", "read_counts", "write_counts"]
 
-FORMAT: Final = 1
-"""Raise it when bytes mean something else; a cache of another format is refused."""
-DESCRIPTION: Final = "cache.json"
+MOST_SHARDS: Final = 100_000
 _COUNTS: Final = "counts.bin"
-_MARK: Final = b"KDSC\x01\n"
+_MARK: Final = b"KDSC\x02\n"
+_HEAD: Final = struct.Struct("<6sB32s32s")
 _FOOTER: Final = struct.Struct("<QII6s")
 _RECORD: Final = np.dtype(
     [("id", "S8"), ("row", "S16"), ("offset", "<u8"), ("size", "<u4"), ("tokens", "<u4"), ("crc", "<u4")]
 )
+_AGAIN: Final = "make the cache again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +64,7 @@ class Entry:
 def write_counts(directory: Path, counts: NDArray[np.int64]) -> None:
     """Write ``counts.bin``: 16 bits an id, compressed."""
     clipped = np.minimum(counts, 2**16 - 1).astype("<u2")
-    _write(directory / _COUNTS, zlib.compress(clipped.tobytes(), 9))
+    write_file(directory / _COUNTS, zlib.compress(clipped.tobytes(), 9))
 
 
 def read_counts(directory: Path, vocabulary: int) -> NDArray[np.int64]:
@@ -62,12 +74,15 @@ def read_counts(directory: Path, vocabulary: int) -> NDArray[np.int64]:
         DataError: The file is damaged.
     """
     path = directory / _COUNTS
+    if not 0 < vocabulary <= MOST_VOCABULARY:
+        raise DataError(f"a vocabulary of {vocabulary:,} ids", where=str(path), allowed=f"1 to {MOST_VOCABULARY:,}")
+    size = 2 * vocabulary
     try:
         # Never more than it should be, whatever the file says.
-        data = zlib.decompressobj().decompress(path.read_bytes(), 2 * vocabulary + 1)
-    except (OSError, zlib.error) as error:
+        data = zlib.decompressobj().decompress(read_file(path, size + size // 100 + 100), size + 1)
+    except zlib.error as error:
         raise DataError("cannot be read", where=str(path)) from error
-    if len(data) != 2 * vocabulary:
+    if len(data) != size:
         raise DataError(f"is damaged: {len(data)} bytes for {vocabulary} ids", where=str(path))
     return np.frombuffer(data, dtype="<u2").astype(np.int64)
 
@@ -76,59 +91,102 @@ class Writer:
     """Adds shards to a directory.
 
     Args:
-        directory: Where the cache is or will be; leftovers of a shard that was not finished are removed.
-        code: The code of the ids.
-        bits: Bits of a level.
+        directory: Where the cache is or will be; leftovers of files that were not finished are removed.
+        start: What the cache belongs to. Its id code must be the one of ``counts.bin``.
+
+    Raises:
+        DataError: ``counts.bin`` is damaged, or another.
     """
 
-    def __init__(self, directory: Path, code: IdCode, bits: int) -> None:
-        self._directory, self._code, self._bits = directory, code, bits
-        directory.mkdir(parents=True, exist_ok=True)
+    def __init__(self, directory: Path, start: Start) -> None:
+        self._directory, self._start = directory, start
         for leftover in directory.glob("*.tmp"):
             leftover.unlink()
+        self._code = _code(directory, start)
+        self._head = _head(start)
 
     def path(self, number: int) -> Path:
         """The file of shard ``number``."""
         return self._directory / f"shard-{number:05d}.kdsc"
 
     def has(self, number: int, rows: Sequence[Row]) -> bool:
-        """Whether shard ``number`` is there, undamaged, and holds exactly these rows."""
+        """Whether shard ``number`` is there, undamaged, written for this identity and code, with exactly these rows."""
         try:
-            index, _ = _read_index(self.path(number))
+            index, _ = _read_index(self.path(number), self._head)
             if index["row"].tolist() != np.array([row.hash for row in rows], dtype="S16").tolist():
                 return False
-            content = self.path(number).read_bytes()
-        except (DataError, OSError):
+            _check_rows(self.path(number), index)
+        except DataError:
             return False
-        spans = zip(index["offset"].tolist(), index["size"].tolist(), index["crc"].tolist(), strict=True)
-        return all(zlib.crc32(content[offset : offset + size]) == crc for offset, size, crc in spans)
+        return True
 
-    def write(self, number: int, entries: Iterable[Entry]) -> None:
-        """Write shard ``number``: under another name first, so that it is whole or not there."""
-        records, parts, offset = [], [_MARK], len(_MARK)
-        for entry in entries:
-            data = encode_row(entry.kept, self._code, self._bits)
-            row = entry.row
-            records.append((id_hash(row.id), row.hash, offset, len(data), entry.kept.tokens, zlib.crc32(data)))
+    def write(self, number: int, rows: Sequence[Row], entries: Iterable[Entry]) -> None:
+        """Write shard ``number`` with ``rows`` in their order; ``entries`` may come in any.
+
+        Only bytes are held of entries that were seen. The shard is written under another name first, so that it is
+        whole or not there.
+        """
+        packed = {entry.row.hash: self._pack(entry) for entry in entries}
+        records, parts, offset = [], [self._head], len(self._head)
+        for row in rows:
+            tokens, data = packed[row.hash]
+            records.append((id_hash(row.id), row.hash, offset, len(data), tokens, zlib.crc32(data)))
             parts.append(data)
             offset += len(data)
         index = np.array(records, dtype=_RECORD).tobytes()
         footer = _FOOTER.pack(offset, len(records), zlib.crc32(index), _MARK)
-        _write(self.path(number), b"".join((*parts, index, footer)))
+        write_file(self.path(number), b"".join((*parts, index, footer)))
 
-    def finish(self, shards: int, description: Mapping[str, Any]) -> dict[str, Any]:
-        """Write ``cache.json`` for the first ``shards`` shards: ``description``, the shards, and totals."""
-        files, tokens, rows, kept_bytes = {}, 0, 0, (self._directory / _COUNTS).stat().st_size
+    def adopt(self, base: Reader) -> None:
+        """Take the shards of ``base`` as the first ones; those that are there already stay.
+
+        Raises:
+            DataError: One of them is damaged.
+        """
+        for number, source in enumerate(base.files):
+            index, digest = _read_index(source, self._head)
+            try:
+                found = _read_index(self.path(number), self._head)[1]
+                _check_rows(self.path(number), index)
+            except DataError:
+                found = ""
+            if found != digest:
+                _check_rows(source, index)
+                place(source, self.path(number))
+
+    def finish(self, shards: int) -> Description:
+        """Write ``cache.json`` for the first ``shards`` shards; files of other shards are removed.
+
+        Raises:
+            DataError: A shard is damaged.
+        """
+        files, tokens, rows, size = {}, 0, 0, (self._directory / _COUNTS).stat().st_size
         for number in range(shards):
-            index, digest = _read_index(self.path(number))
-            files[self.path(number).name] = digest
-            rows, tokens = rows + len(index), tokens + int(index["tokens"].sum())
-            kept_bytes += self.path(number).stat().st_size
-        totals = {"rows": rows, "tokens": tokens, "bytes": kept_bytes}
-        data = {"format": FORMAT, **description, "code": self._code.digest, "shards": files, "totals": totals}
-        text = json.dumps({**data, "sha256": _self_hash(data)}, indent=2, ensure_ascii=True, allow_nan=False)
-        _write(self._directory / DESCRIPTION, (text + "\n").encode())
-        return data
+            path = self.path(number)
+            index, digest = _read_index(path, self._head)
+            files[path.name] = digest
+            rows, tokens, size = rows + len(index), tokens + int(index["tokens"].sum()), size + path.stat().st_size
+        for path in self._directory.glob("shard-*.kdsc"):
+            if path.name not in files:
+                path.unlink()
+        about, text = self._describe(files, {"rows": rows, "tokens": tokens}, size)
+        write_file(self._directory / DESCRIPTION, text)
+        return about
+
+    def _pack(self, entry: Entry) -> tuple[int, bytes]:
+        return entry.kept.tokens, encode_row(entry.kept, self._code, self._start.rule.bits)
+
+    def _describe(self, files: dict[str, str], totals: dict[str, int], size: int) -> tuple[Description, bytes]:
+        """The description as data and as text; its own bytes count, too."""
+        text = b""
+        while True:
+            full = size + len(text)
+            data = {**self._start.model_dump(), "format": FORMAT, "shards": files, "totals": {**totals, "bytes": full}}
+            whole = {**data, "sha256": self_hash(data)}
+            text = (json.dumps(whole, indent=2, ensure_ascii=True, allow_nan=False) + "\n").encode()
+            # The number of bytes is one of them: longer by a digit at most, so that this ends.
+            if full == size + len(text):
+                return Description.model_validate(data), text
 
 
 class Reader:
@@ -136,6 +194,7 @@ class Reader:
 
     Attributes:
         description: The content of ``cache.json``.
+        files: The shards.
 
     Raises:
         DataError: It is not finished, damaged, or of another format.
@@ -143,110 +202,121 @@ class Reader:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self.description = _description(directory)
-        indices, owners = [], []
-        for number, (name, digest) in enumerate(self.description["shards"].items()):
-            index, found = _read_index(directory / name)
+        self.description = read_description(directory)
+        self.files = [directory / name for name in self.description.shards]
+        indices, owners, head = [], [], _head(self.description)
+        for number, (path, digest) in enumerate(zip(self.files, self.description.shards.values(), strict=True)):
+            index, found = _read_index(path, head)
             if found != digest:
-                raise DataError("is not the shard that cache.json describes", where=str(directory / name))
+                raise DataError("is not the shard that cache.json describes", where=str(path), hint=_AGAIN)
             indices.append(index)
             owners.append(np.full(len(index), number, dtype=np.int32))
-        self._files = [directory / name for name in self.description["shards"]]
         index = np.concatenate(indices) if indices else np.empty(0, dtype=_RECORD)
         owner = np.concatenate(owners) if owners else np.empty(0, dtype=np.int32)
         order = np.argsort(index["row"], kind="stable")
         self._index, self._owner = index[order], owner[order]
         self._ids: NDArray[Any] | None = None
-        self._code = IdCode(read_counts(directory, int(self.description["vocabulary"]["width"])))
-        if self._code.digest != self.description["code"]:
-            raise DataError("counts.bin is not the one cache.json describes", where=str(directory))
+
+    @cached_property
+    def code(self) -> IdCode:
+        """The code of the ids. It is made when it is first asked for: after the student's width was compared.
+
+        Raises:
+            DataError: ``counts.bin`` is damaged, or another.
+        """
+        return _code(self._directory, self.description)
 
     def find(self, row_hash: bytes) -> int | None:
         """The place of the row with this content, or None."""
         key = np.array(row_hash, dtype="S16")
-        place = int(np.searchsorted(self._index["row"], key))
-        return place if place < len(self._index) and self._index["row"][place] == key else None
+        found = int(np.searchsorted(self._index["row"], key))
+        return found if found < len(self._index) and self._index["row"][found] == key else None
 
     def knows(self, example_id: str) -> bool:
         """Whether a row of this name is there, whatever its content."""
         if self._ids is None:
             self._ids = np.sort(self._index["id"])
         key = np.array(id_hash(example_id), dtype="S8")
-        place = int(np.searchsorted(self._ids, key))
-        return place < len(self._ids) and bool(self._ids[place] == key)
+        found = int(np.searchsorted(self._ids, key))
+        return found < len(self._ids) and bool(self._ids[found] == key)
 
-    def read(self, place: int) -> Kept:
-        """What is kept of the row at ``place``.
+    def read(self, number: int) -> Kept:
+        """What is kept of the row at place ``number``.
 
         Raises:
             DataError: Its bytes are damaged.
         """
-        record, path = self._index[place], self._files[self._owner[place]]
+        record, path = self._index[number], self.files[self._owner[number]]
+        with open_file(path) as stream:
+            data = _row(stream, record, path)
         try:
-            with path.open("rb") as stream:
-                stream.seek(int(record["offset"]))
-                data = stream.read(int(record["size"]))
-        except OSError as error:
-            raise DataError(f"cannot be read: {error.strerror}", where=str(path)) from error
-        where = f"{path} at byte {int(record['offset'])}"
-        if zlib.crc32(data) != int(record["crc"]):
-            raise DataError("a row is damaged", where=where, hint="make the cache again")
-        try:
-            return decode_row(data, int(record["tokens"]), self._code)
+            return decode_row(data, int(record["tokens"]), self.code)
         except DataError as error:
-            raise DataError(f"a row is damaged: {error.what}", where=where, hint="make the cache again") from error
+            raise _damaged(record, path, f": {error.what}") from error
 
 
-def _read_index(path: Path) -> tuple[NDArray[Any], str]:
-    """The index of a shard and its sha256 (hex).
+def _code(directory: Path, start: Start) -> IdCode:
+    code = IdCode(read_counts(directory, start.vocabulary.width))
+    if code.digest != start.code:
+        raise DataError("counts.bin is not the one that belongs to this cache", where=str(directory), hint=_AGAIN)
+    return code
+
+
+def _head(start: Start) -> bytes:
+    return _HEAD.pack(_MARK, start.rule.bits, bytes.fromhex(start.code), bytes.fromhex(start.digest))
+
+
+def _read_index(path: Path, head: bytes) -> tuple[NDArray[Any], str]:
+    """The index of a shard with this head, and its sha256 (hex).
 
     Raises:
-        DataError: It is missing, cut off or damaged.
+        DataError: It is missing, cut off, damaged, or of another cache.
     """
-    try:
-        with path.open("rb") as stream:
-            size = stream.seek(0, os.SEEK_END)
-            stream.seek(max(0, size - _FOOTER.size))
-            offset, rows, crc, mark = _FOOTER.unpack(stream.read(_FOOTER.size))
-            if mark != _MARK or offset + rows * _RECORD.itemsize + _FOOTER.size != size:
-                raise DataError("is cut off or damaged", where=str(path), hint="make the cache again")
-            stream.seek(offset)
-            data = stream.read(rows * _RECORD.itemsize)
-    except OSError as error:
-        raise DataError(f"cannot be read: {error.strerror}", where=str(path)) from error
-    except struct.error as error:
-        raise DataError("is cut off or damaged", where=str(path), hint="make the cache again") from error
-    if zlib.crc32(data) != crc:
-        raise DataError("has a damaged index", where=str(path), hint="make the cache again")
-    return np.frombuffer(data, dtype=_RECORD), hashlib.sha256(data).hexdigest()
+    with open_file(path) as stream:
+        size = stream.seek(0, os.SEEK_END)
+        stream.seek(0)
+        found = stream.read(len(head))
+        stream.seek(max(0, size - _FOOTER.size))
+        try:
+            end, rows, crc, mark = _FOOTER.unpack(stream.read(_FOOTER.size))
+        except struct.error as error:
+            raise DataError("is cut off or damaged", where=str(path), hint=_AGAIN) from error
+        whole = end + rows * _RECORD.itemsize + _FOOTER.size == size and end >= len(head)
+        if mark != _MARK or found[: len(_MARK)] != _MARK or not whole:
+            raise DataError("is cut off or damaged", where=str(path), hint=_AGAIN)
+        if found != head:
+            raise DataError("belongs to another cache: its teacher, rule or id code", where=str(path), hint=_AGAIN)
+        stream.seek(end)
+        data = stream.read(rows * _RECORD.itemsize)
+    index = np.frombuffer(data, dtype=_RECORD)
+    if zlib.crc32(data) != crc or not _possible(index, len(head), end):
+        raise DataError("has a damaged index", where=str(path), hint=_AGAIN)
+    return index, hashlib.sha256(data).hexdigest()
 
 
-def _description(directory: Path) -> dict[str, Any]:
-    path = directory / DESCRIPTION
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        claimed = data.pop("sha256")
-        if data["format"] != FORMAT:
-            raise DataError(f"has format {data['format']!r}", where=str(path), allowed=str(FORMAT))
-    except FileNotFoundError as error:
-        raise DataError("is no finished teacher cache: it has no cache.json", where=str(directory)) from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError("cannot be read", where=str(path)) from error
-    if claimed != _self_hash(data):
-        raise DataError("was changed after it was written", where=str(path), hint="make the cache again")
-    return dict(data)
+def _possible(index: NDArray[Any], begin: int, end: int) -> bool:
+    """Whether every row lies within the shard, and has tokens."""
+    offset, size = index["offset"], index["size"].astype(np.uint64)
+    inside = (offset >= begin) & (offset <= end) & (size <= MOST_BYTES)
+    # Only of offsets that lie inside: the difference has no sign.
+    inside &= size <= np.where(inside, np.uint64(end) - offset, np.uint64(0))
+    return bool((inside & (index["tokens"] > 0)).all())
 
 
-def _self_hash(data: Mapping[str, Any]) -> str:
-    text = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+def _check_rows(path: Path, index: NDArray[Any]) -> None:
+    """Refuse a shard with a row whose bytes are damaged."""
+    with open_file(path) as stream:
+        for record in index:
+            _row(stream, record, path)
 
 
-def _write(path: Path, data: bytes) -> None:
-    """A file with this content, or none: written under another name, flushed, renamed."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
+def _row(stream: BinaryIO, record: Any, path: Path) -> bytes:
+    stream.seek(int(record["offset"]))
+    data = stream.read(int(record["size"]))
+    if zlib.crc32(data) != int(record["crc"]):
+        raise _damaged(record, path)
+    return data
+
+
+def _damaged(record: Any, path: Path, why: str = "") -> DataError:
+    return DataError(f"a row is damaged{why}", where=f"{path} at byte {int(record['offset'])}", hint=_AGAIN)
