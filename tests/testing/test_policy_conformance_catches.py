@@ -42,11 +42,6 @@ def unmasked_mean(x):
     return replace(out, per_token=mean.expand_as(out.per_token))
 
 
-def mean_over_the_batch(x):
-    out = right(x)
-    return replace(out, per_token=(out.per_token.sum() / x.mask.sum()).expand_as(out.per_token))
-
-
 def mean_over_the_completion(x):
     return replace(right(x), aggregation="sequence-mean")
 
@@ -232,7 +227,6 @@ def padding_told_by_an_id(x):
 
 FAULTS = (
     unmasked_mean,
-    mean_over_the_batch,
     mean_over_the_completion,
     divided_by_the_padded_width,
     divided_by_the_batch,

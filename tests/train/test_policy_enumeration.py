@@ -245,8 +245,8 @@ def test_grpo_is_the_gradient_of_the_expected_reward_but_for_g_minus_one_over_g(
     student = table(5, places, vocabulary)
     reward = torch.randn(len(places.ids), generator=torch.Generator().manual_seed(6), dtype=torch.float64)
     leaf = student.clone().requires_grad_()
+    wanted = torch.autograd.grad((places.logprobs(leaf).sum(1).exp() * reward).sum(), leaf)[0]
     log_q = places.logprobs(leaf)
-    wanted = torch.autograd.grad((log_q.sum(1).exp() * reward).sum(), leaf)[0]
 
     groups = torch.tensor(list(itertools.product(range(len(places.ids)), repeat=size)))
     drawn = log_q.detach().sum(1).exp()[groups].prod(1)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import inspect
 import re
 import textwrap
+from collections import defaultdict
 from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-import kdkit
 from kdkit.api import PolicyLossInputs
+from kdkit.plugins.losses.grpo import GRPO
 from kdkit.testing.conformance.completions import aggregate
 from kdkit.train.policy.advantages import group_advantages
 
@@ -56,7 +57,7 @@ def theirs(module, loss_type, new, **settings):
     numbers = SimpleNamespace(
         num_processes=1, gather=lambda t: t, reduce=lambda t, **_: t, device="cpu", sync_gradients=True
     )
-    logged = {mode: __import__("collections").defaultdict(list) for mode in ("train", "eval")}
+    logged = {mode: defaultdict(list) for mode in ("train", "eval")}
     beta = settings.get("beta", 0.0)
     trainer = Args(
         loss_type=loss_type,
@@ -88,9 +89,7 @@ def theirs(module, loss_type, new, **settings):
 
 def ours(loss_type, new, *, epsilon_high=0.2, beta=0.0, delta=None, level="token"):
     mask, old, _, ref, advantages = values()
-    loss = kdkit.build(
-        "loss",
-        "grpo",
+    loss = GRPO(
         loss_type=loss_type,
         epsilon=0.2,
         epsilon_high=epsilon_high,

@@ -258,7 +258,7 @@ class PolicyLossConformance:
 
     def test_metrics_are_sums_over_tokens_that_count(self) -> None:
         x = completions(self.needs)
-        whole = self.build()(x).metrics
+        whole = self.build()(replace(x, logprobs=x.logprobs.clone().requires_grad_())).metrics
         parts = [self.build()(take(x, torch.tensor(rows))).metrics for rows in ([0, 4], [1, 2, 3], [5])]
         padded = self.build()(filled(completions(self.needs, width=11), 3.0)).metrics
         for name, total in whole.items():
