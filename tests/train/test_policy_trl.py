@@ -116,7 +116,7 @@ def ours(loss_type, new, *, epsilon_high=0.2, beta=0.0, delta=None, level="token
 def differentiated(of):
     leaf = values()[2].clone().requires_grad_()
     value = of(leaf)
-    return float(value), torch.autograd.grad(value, leaf)[0]
+    return float(value.detach()), torch.autograd.grad(value, leaf)[0]
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo"])
