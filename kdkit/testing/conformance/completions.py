@@ -79,7 +79,7 @@ def completions(needs: frozenset[str] = frozenset(), *, seed: int = 0, width: in
     }
     absent = {name: None for need, name in OF_NEED.items() if need not in needs}
     return PolicyLossInputs(
-        **{**values, **absent},  # type: ignore[arg-type]
+        **{**values, **absent},
         mask=mask,
         completion_ids=torch.arange(mask.numel()).reshape(mask.shape) % 7 * mask,
         lengths=lengths,

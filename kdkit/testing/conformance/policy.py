@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
 
 import pytest
@@ -203,10 +204,10 @@ class PolicyLossConformance:
         x = completions(self.needs)
         wanted = self._gradients(x)
         for cut in _CUTS:
-            got = differentiated(lambda y, cut=cut: self._cut(y, cut), x)
+            got = differentiated(partial(self._cut, cut), x)
             same(got, wanted, 1e-12, f"the loss of micro-batches {cut}")
 
-    def _cut(self, x: PolicyLossInputs, cut: tuple[tuple[int, ...], ...]) -> Tensor:
+    def _cut(self, cut: tuple[tuple[int, ...], ...], x: PolicyLossInputs) -> Tensor:
         """The step's loss from micro-batches, each as wide as the longest of its completions."""
         parts = [narrow(take(x, torch.tensor(rows)), int(x.lengths[list(rows)].max())) for rows in cut]
         return aggregate([self.build()(part) for part in parts], [part.mask for part in parts])
