@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 P = TypeVar("P", bound=Params)
-PolicyNeed: TypeAlias = Literal["teacher", "reference", "entropy"]
+PolicyNeed: TypeAlias = Literal["teacher", "reference"]
 NAME: Final = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 
 
@@ -81,8 +81,9 @@ class LossSpec(Spec[P]):
         loss_kind: ``token``, ``policy``, ``representation`` or ``aligned``.
         needs: Teacher signals the loss accepts; empty when it needs no teacher.
         policy_needs: What a policy loss must find in its inputs besides the student's log-probabilities, advantages and
-            weights: ``teacher`` (``teacher_logprobs``), ``reference`` (``ref_logprobs``), ``entropy``; or a function of
-            the parameters that says it. What is not declared is not computed, and is None.
+            weights: ``teacher`` (``teacher_logprobs``) and ``reference`` (``ref_logprobs``), which take another model;
+            or a function of the parameters that says it. What is not declared is None. (A loss that reads the entropy
+            says so by its attribute ``wants_entropy``.)
     """
 
     kind: ClassVar[str] = "loss"

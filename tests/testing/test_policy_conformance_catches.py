@@ -221,6 +221,13 @@ def shifted(x):
     return right(replace(x, advantages=x.advantages.roll(1, dims=1)))
 
 
+def entropy_for_nothing(x):
+    return right(x)
+
+
+entropy_for_nothing.wants_entropy = True
+
+
 def padding_told_by_an_id(x):
     return right(replace(x, mask=x.mask & (x.completion_ids != 0)))
 
@@ -264,6 +271,7 @@ FAULTS = (
     last_token_lost,
     shifted,
     padding_told_by_an_id,
+    entropy_for_nothing,
 )
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import kdkit
-from kdkit.api import ConformanceError, KdkitError
+from kdkit.api import ConformanceError, KdkitError, PolicyLossOutput
 from kdkit.testing.conformance.completions import completions
 from kdkit.testing.conformance.policy import PolicyLossConformance
 
@@ -137,6 +137,29 @@ class TestGSPO(Builtin):
     def reference(self, c):
         ratio = (c.logprobs - c.old_logprobs).mean().exp().expand(len(c.advantages))
         return c.weights * pessimistic(ratio, c.advantages, 0.8, 1.2)
+
+
+class EntropyBonus:
+    """What a plugin with two gradients looks like."""
+
+    wants_entropy = True
+
+    def __call__(self, x):
+        if x.entropy is None:
+            raise ConformanceError("this loss needs the entropy")
+        out = kdkit.build("loss", "minillm", cliprange=None)(x)
+        return PolicyLossOutput(per_token=out.per_token - 0.1 * x.entropy, aggregation="token-mean")
+
+
+class TestEntropyBonus(PolicyLossConformance):
+    needs = frozenset({"entropy"})
+    zero_without_advantage = False
+
+    def build(self):
+        return EntropyBonus()
+
+    def reference(self, c):
+        return -c.advantages * c.weights * (c.logprobs - c.old_logprobs).exp() - 0.1 * c.entropy
 
 
 def test_metrics_by_hand():

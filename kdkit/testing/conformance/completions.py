@@ -54,7 +54,7 @@ def completions(needs: frozenset[str] = frozenset(), *, seed: int = 0, width: in
     """Six completions of unequal length in float64, with ratios and advantages on all sides of usual clip ranges.
 
     Args:
-        needs: What the loss declared, as in ``LossSpec.policy_needs``.
+        needs: What the loss declared: ``teacher``, ``reference``, ``entropy``.
         seed: Of the values.
         width: Padded length; that of the longest completion by default.
     """

@@ -61,7 +61,7 @@ class PolicyLossConformance:
     """What every policy loss must fulfil.
 
     Attributes:
-        needs: What the loss declares in ``LossSpec.policy_needs``.
+        needs: What the loss declares in ``LossSpec.policy_needs``, and ``entropy`` if it has ``wants_entropy``.
         reduction: How the values of a step become one number.
         constant_length: Of the reduction ``constant-length``.
         split_invariant: The loss of a step does not depend on how it is cut into micro-batches. False only for a loss
@@ -270,6 +270,8 @@ class PolicyLossConformance:
 
     def test_what_it_needs_is_declared_and_refused_when_missing(self) -> None:
         x = completions(self.needs)
+        wants = bool(getattr(self.build(), "wants_entropy", False))
+        assert wants == ("entropy" in self.needs), f"wants_entropy of the loss is {wants}"
         for need in self.needs:
             with pytest.raises(ConformanceError):
                 self.build()(replace(x, **{OF_NEED[need]: None}))
