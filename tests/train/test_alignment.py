@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import unicodedata
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -135,6 +137,56 @@ def test_the_row_is_the_one_that_training_sees(name, text, prompt):
     made = [cut for cut in found.cuts if cut >= 0]
     assert made == sorted(set(made))
     assert made[-1] == len(text) + 1
+
+
+COMPOSING = {trims: CutEncoder(byte_level(trim_offsets=trims, composes=True)) for trims in (False, True)}
+DECOMPOSED = ["ae\u0301b", "e\u0301", "\u0301a", "a\u0300\u0323b", "q\u0307\u0323 the", "x\u1112\u1161\u11ab y",
+              "\ud558\u11ab", "a\u0323\u0300  the e\u0301e\u0301  ", " e\u0301  foo foo e\u0301", "\u0958a",
+              "\u09c7\u09be \u0b47\u0b3e", "e \u0301"]  # fmt: skip
+
+
+def check_prefixes(a: CutEncoder, b: CutEncoder, text: str) -> AlignedRow:
+    """After every group both sides have read the same text, but for Unicode's normal form."""
+    row = align(*(e.cut_row(example(text, "Q: ")) for e in (a, b)))
+    for count in range(1, row.groups + 1):
+        read = []
+        for encoder, side, groups in ((a, row, row.student_groups), (b, row.teacher, row.teacher_groups)):
+            ids = [i for i, group in zip(learned(side), groups, strict=True) if group < count]
+            decoded = encoder.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+            read.append(unicodedata.normalize("NFC", decoded))
+        assert "\ufffd" not in read[0]
+        assert read[0] == read[1]
+    assert row.groups >= 2
+    return row
+
+
+@pytest.mark.parametrize("trims", [False, True])
+@pytest.mark.parametrize("text", DECOMPOSED)
+def test_a_character_that_one_side_composes_stays_whole(text, trims):
+    check_prefixes(ENCODERS["bytes"], COMPOSING[trims], text)
+    check_prefixes(COMPOSING[trims], ENCODERS["pairs"], text)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    text=st.text(alphabet="ae \u0301\u0323\u0300foth\u1112\u1161\u11ab\u09c7\u09be-é", min_size=1, max_size=16),
+    trims=st.booleans(),
+)
+def test_any_characters_that_one_side_composes_stay_whole(text, trims):
+    check_prefixes(ENCODERS["bytes"], COMPOSING[trims], text)
+
+
+def test_letters_and_their_marks_are_groups_of_their_own():
+    row = check_prefixes(ENCODERS["bytes"], COMPOSING[False], "ae\u0301b")
+    assert row.student_groups == (0, 1, 1, 1, 2, 3)
+    assert row.teacher_groups == (0, 1, 2, 3)
+
+
+def test_what_no_token_covers_stays_on_its_side_of_the_answers_ends():
+    answer = cuts._Answer("<_ab_>", 2, 4, 0, 2)
+    spans = list(cuts._whole([(0, 1), (3, 4), (5, 6)], ["<", "b", ">"], answer))
+    assert spans == [(0, 2), (3, 4), (5, 6)]
+    assert cuts._cuts(spans, answer) == [OUTSIDE, 2, 3]
 
 
 def test_the_pieces_of_one_character_stay_together():
