@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal
 
-from kdkit.api.errors import DataError
+from kdkit.api.errors import ConformanceError, DataError
 from kdkit.models.chat import Encoded
 from kdkit.models.cuts import OUTSIDE
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from kdkit.api import Example
     from kdkit.models.cuts import CutEncoder, CutRow
 
-__all__ = ["LONGEST_GROUP", "NO_GROUP", "AlignedRow", "align", "encode_aligned", "group_count"]
+__all__ = ["LONGEST_GROUP", "NO_GROUP", "AlignedRow", "align", "aligned_rows", "encode_aligned", "group_count"]
 
 NO_GROUP: Final = -1
 LONGEST_GROUP: Final = 64
@@ -47,6 +47,21 @@ class AlignedRow(Encoded):
 def group_count(rows: Iterable[Encoded]) -> int:
     """Groups of all rows; rows without a teacher's side have none."""
     return sum(row.groups for row in rows if isinstance(row, AlignedRow))
+
+
+def aligned_rows(rows: Sequence[Encoded]) -> list[AlignedRow]:
+    """The same rows, each with a teacher's side.
+
+    Raises:
+        ConformanceError: A row has none: it was not made by :func:`encode_aligned`.
+    """
+    found = [row for row in rows if isinstance(row, AlignedRow)]
+    if len(found) < len(rows):
+        bare = next(row for row in rows if not isinstance(row, AlignedRow))
+        raise ConformanceError(
+            "an aligned loss needs rows in the teacher's tokens, too", where=f"row {bare.id}", hint="use encode_aligned"
+        )
+    return found
 
 
 def align(student: CutRow, teacher: CutRow) -> AlignedRow:

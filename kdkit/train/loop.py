@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from accelerate import Accelerator
@@ -17,7 +17,7 @@ from kdkit.api.data import TokenBatch
 from kdkit.api.errors import StageError, Stopped
 from kdkit.train import checkpoint
 from kdkit.train.aligned import AlignedSignals, aligned_batch
-from kdkit.train.alignment import AlignedRow, group_count
+from kdkit.train.alignment import aligned_rows, group_count
 from kdkit.train.batching import DataOrder, collate, micro_batches
 from kdkit.train.checkpoint import Progress
 from kdkit.train.objective import CausalObjective, LossTerm
@@ -177,7 +177,7 @@ class _Training:
         """The student's batch, and the teacher's view of it or of the same text."""
         signals = self.task.signals
         if signals is not None and any(term.kind == "aligned" for term in self.task.terms):
-            return aligned_batch(cast("Sequence[AlignedRow]", part), self._batch, signals)
+            return aligned_batch(aligned_rows(part), self._batch, signals)
         batch = self._batch(part)
         return batch, None if signals is None else signals(batch)
 

@@ -8,7 +8,8 @@ from test_objective import ShapeSpy, Teacher, assert_same
 
 from kdkit.api import AlignedLossInputs, ConformanceError, Example, Message, TopK
 from kdkit.models.cuts import CutEncoder
-from kdkit.plugins.losses.aligned import ULD
+from kdkit.plugins.losses import aligned as aligned_losses
+from kdkit.plugins.losses.aligned import ULD, _descending
 from kdkit.plugins.losses.token import cross_entropy
 from kdkit.testing.tiny import tiny_model, tiny_piece_tokenizer, tiny_tokenizer
 from kdkit.train.aligned import AlignedSignals, aligned_batch
@@ -134,6 +135,45 @@ def test_value_and_gradient_are_those_of_the_formula(merge, temperature, width, 
     got, want = (torch.autograd.grad((v * scale).sum(), x.student_logits)[0] for v in (values, wanted))
     assert torch.allclose(got, want, rtol=1e-9, atol=1e-13)
     assert bool(got[2:4].any()) == (merge == "joint"), "only the joint form trains the further tokens of a group"
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.3, 3.0, 60.0])
+def test_both_ways_to_sort_agree_with_ties_and_in_the_gradient(spread):
+    """On a CPU float32 is sorted by NumPy: as torch sorts it, entry by entry."""
+    generator = torch.Generator().manual_seed(0)
+    # Rounded, so that many entries are equal; far apart, so that many are 0.
+    rough = (spread * torch.randn(7, 300, generator=generator)).round()
+    for values in (torch.softmax(rough, -1), torch.softmax(rough, -1)[:, ::2], torch.zeros(2, 5), torch.zeros(0, 5)):
+        factors = torch.randn(values.shape, generator=generator)
+        results = []
+        for sort in (_descending, lambda p: p.sort(dim=-1, descending=True, stable=True).values):
+            p = values.clone().requires_grad_()
+            got = sort(p)
+            results.append((got.detach(), torch.autograd.grad((got * factors).sum(), p)[0]))
+        assert torch.equal(results[0][0], results[1][0])
+        assert torch.equal(results[0][1], results[1][1])
+        before = values.clone()
+        assert torch.equal(_descending(values), results[1][0])
+        assert torch.equal(values, before)
+
+
+def test_float32_is_sorted_by_its_bits_and_other_tensors_by_torch(monkeypatch):
+    names = []
+    ranked = aligned_losses._Ranked.apply
+    monkeypatch.setattr(aligned_losses._Ranked, "apply", lambda p: names.append(p.dtype) or ranked(p))
+    x, wide = inputs(dtype=torch.float32), inputs()
+    values, wanted = ULD()(x), ULD()(wide)
+    assert names == [torch.float32]
+    assert torch.allclose(values.double(), wanted, rtol=1e-5)
+    got, want = (torch.autograd.grad(v.sum(), z.student_logits)[0] for v, z in ((values, x), (wanted, wide)))
+    assert torch.allclose(got.double(), want, rtol=1e-3, atol=1e-6)
+
+
+def test_what_is_not_a_number_stays_visible():
+    x = inputs(dtype=torch.float32)
+    with torch.no_grad():
+        x.student_logits[0, 3] = float("nan")
+    assert ULD()(x).isnan().tolist() == [True, False, False]
 
 
 def test_a_golden_value():
@@ -367,3 +407,58 @@ def test_the_loop_divides_groups_and_tokens_by_those_of_the_step(aligned, tmp_pa
         found = [logged[f"{part}/{name}"] for name in ("uld", "cross-entropy")]
         assert found == pytest.approx(wanted, rel=1e-5)
         assert logged[f"{part}/loss"] == pytest.approx(0.7 * wanted[0] + 0.3 * wanted[1], rel=1e-5)
+
+
+def test_rows_without_a_teachers_side_are_refused_by_name(aligned, rows, tmp_path):
+    task = Task(tiny_model().train(), (uld(),), [[*aligned[:1], *rows[:1]]], [1.0], signals=Teacher(tiny_model()))
+    with pytest.raises(ConformanceError, match=f"row {rows[0].id}: an aligned loss needs rows in the teacher's tokens"):
+        train(task, params(max_steps=1), FakeContext(tmp_path), compute=torch.float32)
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_ranks_divide_by_the_tokens_and_groups_of_all_ranks(aligned, tmp_path, monkeypatch, size):
+    """Two ranks with unlike numbers of groups. DDP averages their gradients, which is simulated here."""
+    steps = {}
+    share = [sum(row.groups for row in aligned[rank::2]) for rank in (0, 1)]
+    assert share[0] != share[1]
+
+    def run_rank(rank, counts):
+        """Gradients of a rank of two, which hears ``counts`` from the other one, in order."""
+        heard, told, seen = iter(counts), [], {}
+
+        class Rank(loop._Training):
+            world = 2
+
+            def __init__(self, *args):
+                super().__init__(*args)
+                monkeypatch.setattr(type(self.accelerator), "process_index", rank, raising=False)
+
+            def _all_ranks(self, value):
+                told.append(value)
+                return value + next(heard, 0)
+
+            def _rows(self, step):
+                return aligned[rank::2]
+
+            def _apply(self, norm, rows):
+                model = self._bare()
+                seen.update({name: p.grad.clone() for name, p in model.named_parameters()})
+                return super()._apply(norm, rows)
+
+        model, teacher = models()
+        terms = (uld(0.7), LossTerm("cross-entropy", 0.3, cross_entropy))
+        task = Task(model, terms, [aligned], [1.0], held_out=aligned, signals=Teacher(teacher))
+        options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size}
+        given = params(max_steps=1, learning_rate=1e-15, max_grad_norm=1e9, **options)
+        Rank(task, given, FakeContext(tmp_path / f"{rank}-{len(counts)}"), torch.float64).run()
+        return told, seen
+
+    told = [run_rank(rank, [])[0] for rank in (0, 1)]
+    assert [counts[:2] for counts in told] == [
+        [sum(row.targets for row in aligned[rank::2]), share[rank]] for rank in (0, 1)
+    ]
+    steps = [run_rank(rank, told[1 - rank])[1] for rank in (0, 1)]
+    model, teacher = models()
+    want = reference(model, teacher, aligned, weights=(0.7, 0.3))[1]
+    for name, grad in want.items():
+        assert torch.allclose((steps[0][name] + steps[1][name]) / 2, grad, rtol=1e-9, atol=1e-12), name
