@@ -12,6 +12,7 @@ from kdkit.plugins.losses import aligned as aligned_losses
 from kdkit.plugins.losses.aligned import ULD, _descending
 from kdkit.plugins.losses.token import cross_entropy
 from kdkit.testing.tiny import tiny_model, tiny_piece_tokenizer, tiny_tokenizer
+from kdkit.train import loop
 from kdkit.train.aligned import AlignedSignals, aligned_batch
 from kdkit.train.alignment import NO_GROUP, AlignedRow, align
 from kdkit.train.batching import collate, micro_batches
@@ -415,50 +416,53 @@ def test_rows_without_a_teachers_side_are_refused_by_name(aligned, rows, tmp_pat
         train(task, params(max_steps=1), FakeContext(tmp_path), compute=torch.float32)
 
 
+class Rank(loop._Training):
+    """One of two ranks: what it tells the other is kept, what it hears is given."""
+
+    world = 2
+    rank, heard = 0, ()
+
+    def _all_ranks(self, value):
+        place = len(self.told)
+        self.told.append(value)
+        return value + (self.heard[place] if self.heard else 0)
+
+    def _rows(self, step):
+        return self.task.data[0][self.rank :: 2]
+
+    def _apply(self, norm, rows):
+        self.seen.update({name: p.grad.clone() for name, p in self._bare().named_parameters()})
+        return super()._apply(norm, rows)
+
+
 @pytest.mark.parametrize("size", [1, 4])
 def test_ranks_divide_by_the_tokens_and_groups_of_all_ranks(aligned, tmp_path, monkeypatch, size):
-    """Two ranks with unlike numbers of groups. DDP averages their gradients, which is simulated here."""
-    steps = {}
-    share = [sum(row.groups for row in aligned[rank::2]) for rank in (0, 1)]
-    assert share[0] != share[1]
+    """Two ranks with unlike numbers of groups; the mean of their gradients, which DDP takes, is that of one process."""
+    terms = (uld(0.7), LossTerm("cross-entropy", 0.3, cross_entropy))
+    options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size, "max_grad_norm": 1e9}
+    given = params(max_steps=1, learning_rate=1e-15, **options)
 
-    def run_rank(rank, counts):
-        """Gradients of a rank of two, which hears ``counts`` from the other one, in order."""
-        heard, told, seen = iter(counts), [], {}
-
-        class Rank(loop._Training):
-            world = 2
-
-            def __init__(self, *args):
-                super().__init__(*args)
-                monkeypatch.setattr(type(self.accelerator), "process_index", rank, raising=False)
-
-            def _all_ranks(self, value):
-                told.append(value)
-                return value + next(heard, 0)
-
-            def _rows(self, step):
-                return aligned[rank::2]
-
-            def _apply(self, norm, rows):
-                model = self._bare()
-                seen.update({name: p.grad.clone() for name, p in model.named_parameters()})
-                return super()._apply(norm, rows)
-
+    def run_rank(rank, heard):
         model, teacher = models()
-        terms = (uld(0.7), LossTerm("cross-entropy", 0.3, cross_entropy))
         task = Task(model, terms, [aligned], [1.0], held_out=aligned, signals=Teacher(teacher))
-        options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size}
-        given = params(max_steps=1, learning_rate=1e-15, max_grad_norm=1e9, **options)
-        Rank(task, given, FakeContext(tmp_path / f"{rank}-{len(counts)}"), torch.float64).run()
-        return told, seen
+        ctx = FakeContext(tmp_path / f"{rank}-{len(heard)}")
+        training = Rank(task, given, ctx, torch.float64)
+        training.rank, training.heard, training.told, training.seen = rank, heard, [], {}
+        monkeypatch.setattr(type(training.accelerator), "process_index", rank)
+        training.run()
+        return training, {key: value for _, values in ctx.values for key, value in values.items()}
 
-    told = [run_rank(rank, [])[0] for rank in (0, 1)]
-    assert [counts[:2] for counts in told] == [
-        [sum(row.targets for row in aligned[rank::2]), share[rank]] for rank in (0, 1)
-    ]
-    steps = [run_rank(rank, told[1 - rank])[1] for rank in (0, 1)]
+    told = [run_rank(rank, ())[0].told for rank in (0, 1)]
+    groups = [sum(row.groups for row in aligned[rank::2]) for rank in (0, 1)]
+    assert [counts[1] for counts in told] == groups
+    assert groups[0] != groups[1]
+    (one, logged), (two, others) = (run_rank(rank, told[1 - rank]) for rank in (0, 1))
     model, teacher = models()
-    want = reference(model, teacher, aligned, weights=(0.7, 0.3))[1]
-    for name, grad in want.items():
-        assert torch.allclose((steps[0][name] + steps[1][name]) / 2, grad, rtol=1e-9, atol=1e-12), name
+    for name, grad in reference(model, teacher, aligned, weights=(0.7, 0.3))[1].items():
+        assert torch.allclose((one.seen[name] + two.seen[name]) / 2, grad, rtol=1e-8, atol=1e-12), name
+    # The sums of both ranks would be added, too: each logs its own part of the mean.
+    for weights, name in (((1.0, 0.0), "uld"), ((0.0, 1.0), "cross-entropy")):
+        wanted = reference(model, teacher, aligned, weights=weights)[0]
+        for part in ("eval", "train"):
+            share = logged[f"{part}/{name}"] + others[f"{part}/{name}"]
+            assert share == pytest.approx(wanted, rel=1e-5), (part, name)
