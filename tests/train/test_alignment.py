@@ -285,7 +285,8 @@ def test_rows_are_counted_and_named():
     options = {"max_length": 80, "log": logs.append, "name": "dataset d"}
     kept = encode_aligned(rows, student, teacher, overlong="drop", **options)
     assert [row.id for row in kept] == ["0", "3"]
-    dropped = "1 without an answer, 1 longer than max_length=80 in the student's tokens"
+    longer = "longer than max_length=80 in the student's tokens and max_length=80 in the teacher's tokens"
+    dropped = f"1 without an answer, 1 {longer}"
     assert logs == [f"dataset d: 2 of 4 rows kept; dropped {dropped}"]
     cut = encode_aligned(rows, student, teacher, overlong="truncate", **options)
     assert [len(row.ids) <= 80 and len(row.teacher.ids) <= 80 for row in cut] == [True] * 3
@@ -293,6 +294,66 @@ def test_rows_are_counted_and_named():
         encode_aligned(rows[:1], student, teacher, overlong="drop", **{**options, "max_length": 5})
     with pytest.raises(DataError, match="no common text within max_length=5"):
         encode_aligned(rows[:1], student, teacher, overlong="truncate", **{**options, "max_length": 5})
+
+
+ROW = [Example(id="a", prompt=PROMPT, completion="It is the end")]
+
+
+def encoded(rows=ROW, *, overlong="drop", max_length=80, positions=(None, None), sides=None):
+    logs: list[str] = []
+    student, teacher = sides or (ENCODERS["bytes"], CutEncoder(tiny_piece_tokenizer()))
+    options = {"max_length": max_length, "overlong": overlong, "positions": positions}
+    return encode_aligned(rows, student, teacher, log=logs.append, name="d", **options), logs
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_each_side_is_bounded_by_its_own_positions(side):
+    (whole,), logs = encoded()
+    assert logs == []
+    whose, lengths = ("student", "teacher")[side], (len(whole.ids), len(whole.teacher.ids))
+    few = [None, None]
+    few[side] = lengths[side]
+    assert encoded(positions=tuple(few)) == ([whole], [])
+    few[side] -= 3
+    with pytest.raises(DataError, match=f"1 longer than the {whose}'s {few[side]} positions"):
+        encoded(positions=tuple(few))
+    (cut,), logs = encoded([*ROW], overlong="truncate", positions=tuple(few))
+    assert (len(cut.ids), len(cut.teacher.ids))[side] == few[side]
+    assert (len(cut.ids), len(cut.teacher.ids))[1 - side] == lengths[1 - side]
+    assert logs[0] == f"d: cut short: 1 at the {whose}'s {few[side]} positions"
+    both = (lengths[0] - 1, lengths[1] - 1)
+    with pytest.raises(DataError, match=r"longer than the student's \d+ positions and the teacher's \d+ positions$"):
+        encoded(positions=both)
+
+
+def test_text_in_no_group_is_told(monkeypatch):
+    monkeypatch.setattr(alignment, "LONGEST_GROUP", 3)
+    (row,), logs = encoded([Example(id="1", prompt="Q: ", completion="It what 1")])
+    assert row.student_groups.count(NO_GROUP) == 5
+    assert logs == ["d: 5 of 10 answer tokens are in no group: no aligned loss sees them"]
+    # What a template puts before an answer is none of its text.
+    thinks = CutEncoder(tiny_tokenizer(chat_template=THINKS))
+    assert encoded([Example(id="1", prompt=PROMPT, completion="It")], sides=(thinks, ENCODERS["bytes"]))[1] == []
+    (_,), logs = encoded([Example(id="1", prompt="Q: ", completion="It is")], max_length=7, overlong="truncate")
+    assert logs[0] == "d: cut short: 1 at max_length=6 in the student's tokens"
+
+
+def test_a_row_with_nothing_but_the_end_of_its_answers_in_common_is_dropped(monkeypatch):
+    monkeypatch.setattr(alignment, "LONGEST_GROUP", 4)
+    turns = (Message("user", "a?"), Message("assistant", "What"), Message("user", "c?"))
+    rows = [
+        Example(id="words", prompt="Q: ", completion=" what"),
+        Example(id="turns", prompt=turns, completion=" what", every_turn=True),
+        Example(id="fine", prompt="Q: ", completion=" what it"),
+    ]
+    sides = ENCODERS["bytes"], CutEncoder(tiny_piece_tokenizer(chat_template=UNTRIMMED))
+    assert align(*(side.cut_row(rows[0]) for side in sides)).groups == 1
+    kept, logs = encoded(rows, sides=sides)
+    assert "words" not in [row.id for row in kept]
+    assert "fine" in [row.id for row in kept]
+    assert logs[0].endswith("with no common text in groups of at most 4 tokens")
+    assert align(*(side.cut_row(Example(id="1", prompt="Q: ", completion="x")) for side in sides)).groups == 2
+    assert len(encoded([Example(id="1", prompt="Q: ", completion="x")], sides=sides)[0]) == 1
 
 
 def test_what_cannot_be_aligned_is_refused():
