@@ -335,7 +335,7 @@ def test_text_in_no_group_is_told(monkeypatch):
     thinks = CutEncoder(tiny_tokenizer(chat_template=THINKS))
     assert encoded([Example(id="1", prompt=PROMPT, completion="It")], sides=(thinks, ENCODERS["bytes"]))[1] == []
     (_,), logs = encoded([Example(id="1", prompt="Q: ", completion="It is")], max_length=7, overlong="truncate")
-    assert logs[0] == "d: cut short: 1 at max_length=6 in the student's tokens"
+    assert logs[0] == "d: cut short: 1 at max_length=7 in the student's tokens"
 
 
 def test_a_row_with_nothing_but_the_end_of_its_answers_in_common_is_dropped(monkeypatch):
