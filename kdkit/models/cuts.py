@@ -141,7 +141,8 @@ class CutEncoder(ChatEncoder):
         if not self._adds_prefix:
             return ids, offsets
         before, (whole, places) = self._ids("\n"), self._tokens("\n" + text)
-        if whole[: len(before)] != before:
+        # An unknown token may cover newline and text: see ``_swallows``.
+        if whole[: len(before)] != before or (before and places[len(before) - 1][1] > 1):
             return ids, offsets
         return whole[len(before) :], [(start - 1, stop - 1) for start, stop in places[len(before) :]]
 

@@ -38,6 +38,15 @@ def normalising() -> PreTrainedTokenizerFast:
     return finish(tokenizer, CHAT_TEMPLATE)
 
 
+def fusing() -> PreTrainedTokenizerFast:
+    """Letters after a dummy prefix; what it lacks, newlines among it, is fused into one unknown token."""
+    letters = [("<unk>", 0.0), ("▁", -2.0), *((chr(c), -5.0) for c in range(33, 127))]
+    tokenizer = Tokenizer(Unigram(letters, unk_id=0, byte_fallback=False))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="always", split=False)
+    return finish(tokenizer, CHAT_TEMPLATE)
+
+
 def finish(tokenizer: Tokenizer, template: str) -> PreTrainedTokenizerFast:
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])

@@ -1,19 +1,21 @@
 from __future__ import annotations
 
+from itertools import accumulate
+
 import pytest
 import torch
 from conftest_train import FakeContext
 from test_loop import params
 from test_objective import ShapeSpy, Teacher, assert_same
 
-from kdkit.api import AlignedLossInputs, ConformanceError, Example, Message, TopK
+from kdkit.api import AlignedLossInputs, ConformanceError, Dense, Example, Message, TopK
 from kdkit.models.cuts import CutEncoder
 from kdkit.plugins.losses import aligned as aligned_losses
 from kdkit.plugins.losses.aligned import ULD, _descending
 from kdkit.plugins.losses.token import cross_entropy
 from kdkit.testing.tiny import tiny_model, tiny_piece_tokenizer, tiny_tokenizer
-from kdkit.train import loop
-from kdkit.train.aligned import AlignedSignals, aligned_batch
+from kdkit.train import loop, objective
+from kdkit.train.aligned import AlignedSignals, Span, aligned_batch
 from kdkit.train.alignment import NO_GROUP, AlignedRow, align
 from kdkit.train.batching import collate, micro_batches
 from kdkit.train.loop import Task, train
@@ -95,12 +97,12 @@ def reference(model, teacher, rows, *, weights=(1.0, 0.0), shift=1, **values):
 
 def gradients(model, teacher, rows, *, size, lay=collate, block=None, terms=None, compute=None):
     model.zero_grad()
-    objective = CausalObjective(model, terms or (uld(),), block=block, compute=compute)
+    made = CausalObjective(model, terms or (uld(),), block=block, compute=compute)
     tokens, groups = sum(r.targets for r in rows), sum(r.groups for r in rows)
     loss = 0.0
     for part in micro_batches(rows, size):
         batch, signals = aligned_batch(part, lay, Teacher(teacher))
-        measured = objective(batch, signals, 1 / tokens, 1 / groups)
+        measured = made(batch, signals, 1 / tokens, 1 / groups)
         measured.loss.backward()
         loss += float(measured.loss.detach())
     return loss, {name: p.grad.clone() for name, p in model.named_parameters()}
@@ -271,8 +273,6 @@ def test_a_student_that_knows_its_teacher_by_other_tokens_has_no_loss():
             self.logits = self.logits[torch.tensor(side.learned[1:])]
 
         def block(self, start, stop):
-            from kdkit.api import Dense
-
             return Dense(self.logits[start:stop])
 
     batch, signals = aligned_batch([row], collate, lambda _: Certain(row.teacher, PIECES))
@@ -382,7 +382,42 @@ def test_a_block_of_a_wide_pair_is_smaller():
     narrow, wide = (CausalObjective(tiny_model(), (LossTerm("uld", 1.0, ULD(), vocabulary=v, kind="aligned"),))
                     for v in (259, 262_144))  # fmt: skip
     assert narrow._block == block_tokens(518)
-    assert wide._block == block_tokens(262_144 + 259)
+    assert wide._block == block_tokens(262_144 + 259, 8) == 2**30 // (262_403 * 4 * 8)
+
+
+@pytest.mark.parametrize(
+    ("width", "other", "tokens"), [(4000, 4000, 1), (12_000, 4000, 1), (4000, 12_000, 1), (12_000, 4000, 2)]
+)
+def test_the_memory_of_a_block_is_what_its_size_is_chosen_for(width, other, tokens, monkeypatch):
+    """With torch's sort, which needs more than NumPy's, and whose memory is seen here."""
+    from torch.profiler import ProfilerActivity, profile
+
+    monkeypatch.setattr(aligned_losses, "_descending", lambda p: p.sort(dim=-1, descending=True, stable=True).values)
+    count = 64
+    groups = tuple(place // tokens for place in range(count))
+    its = tuple(range(count // tokens))
+    signals = AlignedSignals(Wide(len(its), other), torch.zeros(len(its), dtype=torch.int64), groups, its,
+                             tuple((g, g + 1) for g in its))  # fmt: skip
+    terms = (LossTerm("uld", 0.5, ULD(temperature=2.0), kind="aligned"), LossTerm("ce", 0.5, cross_entropy))
+    block = objective._Block(terms, (1.0, 1.0), torch.zeros(count, dtype=torch.int64), signals, lambda x: x)
+    head = torch.randn(width, 4).requires_grad_()
+    grads = [torch.zeros(count, 4), torch.zeros(width, 4), None]
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as spy:
+        objective._run_block(
+            block, torch.randn(count, 4), [head, None], Span(0, count, 0, len(its)), grads, torch.float32
+        )
+    events = [e for e in spy.profiler.kineto_results.events() if e.name() == "[memory]"]
+    alive = list(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+    copies = max(alive) / (count * (width + other) * 4)
+    assert 2 < copies < objective._ALIGNED_COPIES
+
+
+class Wide:
+    def __init__(self, count, width):
+        self.logits = torch.randn(count, width)
+
+    def block(self, start, stop):
+        return Dense(self.logits[start:stop].clone())
 
 
 @pytest.mark.parametrize("size", [1, 7])

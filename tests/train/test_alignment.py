@@ -5,7 +5,7 @@ import unicodedata
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from other_tokenizers import byte_level, normalising
+from other_tokenizers import byte_level, fusing, normalising
 
 from kdkit.api import DataError, Example, Message, ModelError
 from kdkit.models import cuts
@@ -212,6 +212,20 @@ def test_letters_of_one_ligature_stay_together():
     row = encoder.cut_row(example("ﬁn", "Q: "))
     assert encoder.tokenizer.convert_ids_to_tokens(learned(row.row))[:2] == ["f", "in"]
     assert row.cuts == (NO_CUT, 2, 3)
+
+
+@pytest.mark.parametrize("text", ["日本 ok", "日", "ok 日", "\n日a"])
+def test_an_unknown_token_swallows_no_text(text):
+    """Where a newline and the text's first characters are unknown, both are one token."""
+    encoder = CutEncoder(fusing())
+    assert encoder._adds_prefix
+    found = encoder.cut_row(example(text, "Q: "))
+    assert found.row == ChatEncoder(fusing()).training(example(text, "Q: "))
+    pieces = encoder.tokenizer.convert_ids_to_tokens(learned(found.row))
+    unknown = any(ord(c) > 127 or c == "\n" for c in text)
+    assert pieces.count("<unk>") == unknown
+    assert "".join(pieces).count("o") == text.count("o")
+    assert [cut for cut in found.cuts if cut >= 0][-2:] == [len(text), len(text) + 1]
 
 
 def test_a_template_that_trims_joins_the_white_space_to_what_follows():
