@@ -144,7 +144,7 @@ def _terms(params: TrainParams, ctx: StageContext, shared: int | None) -> list[L
             weight=loss.weight,
             loss=ctx.build(loss),
             # Only a divergence is confined to the entries both models have; a likelihood sees every entry.
-            vocabulary=shared if uses_teacher(loss.found.spec) else None,  # type: ignore[attr-defined]
+            vocabulary=shared if uses_teacher(loss.found.spec) else None,
             kind=loss.found.spec.loss_kind,  # type: ignore[attr-defined]
         )
         for loss in params.losses
