@@ -288,7 +288,7 @@ class AlignedLossInputs:
     Attributes:
         student_logits: [N, V_student]; ``teacher_logits``: [M, V_teacher].
         student_labels: [N] int64; ``teacher_labels``: [M] int64.
-        student_groups: [N] int64 group index of each student token; ``teacher_groups``: [M].
+        student_groups: [N] int64 group index of each student token, rising; ``teacher_groups``: [M].
         groups: Number of groups G; the loss returns [G].
     """
 

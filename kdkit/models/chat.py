@@ -171,7 +171,19 @@ class ChatEncoder:
 
     def _after_newline(self, text: str) -> list[int]:
         before, whole = self._ids("\n"), self._ids("\n" + text)
-        return whole[len(before) :] if whole[: len(before)] == before else self._ids(text)
+        if whole[: len(before)] != before or self._swallows(text, len(before)):
+            return self._ids(text)
+        return whole[len(before) :]
+
+    def _swallows(self, text: str, count: int) -> bool:
+        """Whether the first ``count`` tokens of a newline and the text, equal to those of a newline, cover more.
+
+        A tokenizer that lacks both characters may make one unknown token of them.
+        """
+        if not (count and text and self.tokenizer.is_fast):
+            return False
+        out = self.tokenizer("\n" + text, add_special_tokens=False, return_offsets_mapping=True)
+        return bool(out["offset_mapping"][count - 1][1] > 1)
 
     def _end_id(self) -> int:
         if self.tokenizer.eos_token_id is None:

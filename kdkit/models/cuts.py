@@ -7,6 +7,7 @@ share is the answer: a cut is a number of its characters, so that the cuts of bo
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -27,8 +28,10 @@ OUTSIDE: Final = -2
 """The token stands before the answer's text (an empty thinking block, say): it covers none of it."""
 _STAND_IN: Final = "\ue000answer\ue000"
 """Stands for an answer while a template is asked what it puts around one; private-use characters are never trimmed."""
-_SPACES: Final = "Ġ▁ "
-"""How vocabularies write a space: byte-level ones, SentencePiece, plain text."""
+_TRIMMED: Final = "Ġ "
+"""How the vocabularies write a space whose tokenizers may leave it out of a token's offsets."""
+_JAMO: Final = range(0x1160, 0x1200)
+"""Vowels and final consonants of Hangul, which join the syllable before them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,9 +131,8 @@ class CutEncoder(ChatEncoder):
     def _cut(self, answer: _Answer, end: list[int]) -> tuple[list[int], list[int]]:
         """Ids of the answer's text, closed by ``end``, and its cuts."""
         ids, offsets = self._with_offsets(answer.text)
-        pieces = self.tokenizer.convert_ids_to_tokens(ids)
         size = len(answer.text)
-        spans = _untrimmed(offsets, pieces, size)
+        spans = _whole(offsets, self.tokenizer.convert_ids_to_tokens(ids), answer)
         return [*ids, *end], _cuts([*spans, *((size, size + 1) for _ in end)], answer)
 
     def _with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
@@ -139,7 +141,8 @@ class CutEncoder(ChatEncoder):
         if not self._adds_prefix:
             return ids, offsets
         before, (whole, places) = self._ids("\n"), self._tokens("\n" + text)
-        if whole[: len(before)] != before:
+        # An unknown token may cover newline and text: see ``_swallows``.
+        if whole[: len(before)] != before or (before and places[len(before) - 1][1] > 1):
             return ids, offsets
         return whole[len(before) :], [(start - 1, stop - 1) for start, stop in places[len(before) :]]
 
@@ -160,29 +163,37 @@ def _locate(text: str, frame: str, content: str) -> _Answer | None:
     return _Answer(text, start, stop, content.index(kept), len(content))
 
 
-def _untrimmed(offsets: Sequence[tuple[int, int]], pieces: Sequence[str], size: int) -> Iterator[tuple[int, int]]:
-    """Offsets whose ends include the spaces at a token's end, which some tokenizers leave out of its offsets.
+def _whole(offsets: Sequence[tuple[int, int]], pieces: Sequence[str], answer: _Answer) -> Iterator[tuple[int, int]]:
+    """Offsets in which every character that no token covers belongs to the token before it.
+
+    Some tokenizers leave the spaces at the ends of a token out of its offsets, and a character that a normaliser
+    composes covers only the first of those it was made from.
 
     Args:
         offsets: First character of every token, and the one after its last.
         pieces: The tokens as the vocabulary writes them.
-        size: Characters of the text.
+        answer: The text. A token on one side of an end of the answer stays there.
     """
-    nexts = [*(start for start, _ in offsets[1:]), size]
-    for index, ((start, stop), piece, following) in enumerate(zip(offsets, pieces, nexts, strict=False)):
-        spaces = len(piece) - len(piece.rstrip(_SPACES))
-        if stop > start:
-            yield start, stop + max(0, min(following - stop, spaces))
-        else:
-            # Nothing but spaces: its start was moved to its end. Only the first token's end may be short of that.
-            yield start, max(stop, min(following, spaces)) if index == 0 else stop
+    text = answer.text
+    starts = [start - _left_out(start, stop, piece, text) for (start, stop), piece in zip(offsets, pieces, strict=True)]
+    # One more than there are tokens where there are none.
+    for (start, stop), following in zip(offsets, [*starts[1:], len(text)], strict=False):
+        edge = next((edge for edge in (answer.start, answer.stop) if start < edge and stop <= edge), len(text))
+        yield start, max(stop, min(following, edge))
+
+
+def _left_out(start: int, stop: int, piece: str, text: str) -> int:
+    """How many spaces at a token's start are not in its offsets: all of them or none."""
+    spaces = len(piece) - len(piece.lstrip(_TRIMMED))
+    return 0 if stop > start and text[start] == " " else spaces
 
 
 def _cuts(spans: Sequence[tuple[int, int]], answer: _Answer) -> list[int]:
     """The cut after every token.
 
     Text is cut after a token when no later token covers a character that it or an earlier one covers: the pieces of one
-    character (byte-level vocabularies) and the letters of one ligature (normalisers) stay together.
+    character (byte-level vocabularies) and the letters of one ligature (normalisers) stay together. So does a letter
+    with its marks, which a normaliser may compose or put into another order.
     """
     shift, end = answer.lead - answer.start, answer.length + 1
     reached = accumulate((end if stop > answer.stop else stop + shift for _, stop in spans), max)
@@ -190,8 +201,21 @@ def _cuts(spans: Sequence[tuple[int, int]], answer: _Answer) -> list[int]:
     # The first character that a later token covers.
     ahead = list(accumulate(reversed([*starts[1:], end]), min))[::-1]
     cuts = [cut if cut <= first else NO_CUT for cut, first in zip(reached, ahead, strict=True)]
+    cuts = [NO_CUT if _divides(answer, cut - shift) else cut for cut in cuts]
     # A token that covers nothing belongs to the one before it: only the last of equal cuts is one.
     cuts = [NO_CUT if cut == after else cut for cut, after in zip(cuts, [*cuts[1:], NO_CUT], strict=True)]
     # Where the template puts no text before the answer, a token before it is the tokenizer's own dummy prefix.
     before = OUTSIDE if answer.start else NO_CUT
     return [before if stop <= answer.start else cut for cut, (_, stop) in zip(cuts, spans, strict=True)]
+
+
+def _divides(answer: _Answer, place: int) -> bool:
+    """Whether a cut at this place of the text parts a character from what normalisers may join to it (Unicode's NFC).
+
+    Where only one side composes the two, its token covers both, so that no cut is common there anyway; but marks of one
+    letter can change places without being composed.
+    """
+    if not answer.start < place < answer.stop:
+        return False
+    following = answer.text[place]
+    return unicodedata.combining(following) != 0 or ord(following) in _JAMO

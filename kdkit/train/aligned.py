@@ -91,10 +91,10 @@ class AlignedSignals:
         mine = _Members.of(self.student_groups[span.start : span.stop], span.first, logits.device)
         its = _Members.of(self.teacher_groups[low:high], span.first, logits.device)
         return AlignedLossInputs(
-            student_logits=logits[mine.places],
-            teacher_logits=upcast(signal.logits[its.places]),
-            student_labels=labels[mine.places],
-            teacher_labels=self.labels[low:high][its.places],
+            student_logits=mine.of_rows(logits),
+            teacher_logits=upcast(its.of_rows(signal.logits)),
+            student_labels=mine.of_rows(labels),
+            teacher_labels=its.of_rows(self.labels[low:high]),
             student_groups=mine.groups,
             teacher_groups=its.groups,
             groups=span.groups,
@@ -122,6 +122,10 @@ class _Members:
         places = [place for place, group in enumerate(groups) if group != NO_GROUP]
         numbers = [groups[place] - first for place in places]
         return cls(*(torch.tensor(values, dtype=torch.int64, device=device) for values in (places, numbers)))
+
+    def of_rows(self, rows: Tensor) -> Tensor:
+        """The members' rows; no copy where all of them are members, which is the rule."""
+        return rows if len(self.places) == len(rows) else rows[self.places]
 
 
 def aligned_batch(

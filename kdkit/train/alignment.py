@@ -7,11 +7,12 @@ groups whose text is the same on both sides; the end of an answer, whatever each
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import TYPE_CHECKING, Final, Literal
 
-from kdkit.api.errors import DataError
+from kdkit.api.errors import ConformanceError, DataError
 from kdkit.models.chat import Encoded
 from kdkit.models.cuts import OUTSIDE
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from kdkit.api import Example
     from kdkit.models.cuts import CutEncoder, CutRow
 
-__all__ = ["LONGEST_GROUP", "NO_GROUP", "AlignedRow", "align", "encode_aligned", "group_count"]
+__all__ = ["LONGEST_GROUP", "NO_GROUP", "AlignedRow", "align", "aligned_rows", "encode_aligned", "group_count"]
 
 NO_GROUP: Final = -1
 LONGEST_GROUP: Final = 64
@@ -49,6 +50,21 @@ def group_count(rows: Iterable[Encoded]) -> int:
     return sum(row.groups for row in rows if isinstance(row, AlignedRow))
 
 
+def aligned_rows(rows: Sequence[Encoded]) -> list[AlignedRow]:
+    """The same rows, each with a teacher's side.
+
+    Raises:
+        ConformanceError: A row has none: it was not made by :func:`encode_aligned`.
+    """
+    found = [row for row in rows if isinstance(row, AlignedRow)]
+    if len(found) < len(rows):
+        bare = next(row for row in rows if not isinstance(row, AlignedRow))
+        raise ConformanceError(
+            "an aligned loss needs rows in the teacher's tokens, too", where=f"row {bare.id}", hint="use encode_aligned"
+        )
+    return found
+
+
 def align(student: CutRow, teacher: CutRow) -> AlignedRow:
     """Smallest groups of consecutive tokens that cover the same text, in order.
 
@@ -75,6 +91,46 @@ def _members(cuts: Sequence[int], shared: Sequence[int]) -> list[int]:
     return members
 
 
+@dataclass(frozen=True, slots=True)
+class _Side:
+    """How one model reads examples: ``positions`` is how many tokens it can, where it says so."""
+
+    whose: str
+    encoder: CutEncoder
+    max_length: int
+    positions: int | None
+
+    @property
+    def limit(self) -> int:
+        """The most tokens of a row."""
+        return self.max_length if self.positions is None else min(self.max_length, self.positions)
+
+    def bound(self) -> str:
+        """What bounds a row, in words."""
+        if self.limit < self.max_length:
+            return f"the {self.whose}'s {self.limit} positions"
+        return f"max_length={self.max_length} in the {self.whose}'s tokens"
+
+
+@dataclass(slots=True)
+class _Tally:
+    """What becomes of the examples: why rows are dropped, what cuts others short, and answer tokens in no group."""
+
+    dropped: Counter[str] = field(default_factory=Counter)
+    shortened: Counter[str] = field(default_factory=Counter)
+    tokens: int = 0
+    alone: int = 0
+
+    def lines(self, kept: int, rows: int) -> Iterator[str]:
+        """What a user has to know."""
+        if self.dropped:
+            yield f"{kept} of {rows} rows kept; dropped {_counted(self.dropped)}"
+        if self.shortened:
+            yield f"cut short: {_counted(self.shortened)}"
+        if self.alone:
+            yield f"{self.alone} of {self.tokens} answer tokens are in no group: no aligned loss sees them"
+
+
 def encode_aligned(
     examples: Sequence[Example],
     student: CutEncoder,
@@ -84,44 +140,78 @@ def encode_aligned(
     overlong: Literal["drop", "truncate"],
     log: Callable[[str], None],
     name: str,
+    positions: tuple[int | None, int | None] = (None, None),
 ) -> list[AlignedRow]:
-    """Training rows in which neither side has more than ``max_length`` tokens, with at least one group.
+    """Training rows in which neither side has more than ``max_length`` tokens, or more than it has ``positions``.
+
+    Each has at least one group with text: the end of an answer alone says too little about it.
 
     Raises:
         DataError: No row is left.
         ModelError: A chat template does not say where an answer starts.
     """
-    kept: list[AlignedRow] = []
-    dropped: Counter[str] = Counter()
-    for example in examples:
-        row = _encode(example, student, teacher, max_length, overlong)
-        if isinstance(row, str):
-            dropped[row] += 1
-        else:
-            kept.append(row)
-    reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
+    sides = (_Side("student", student, max_length, positions[0]), _Side("teacher", teacher, max_length, positions[1]))
+    tally = _Tally()
+    rows = [_encode(example, sides, overlong, tally) for example in examples]
+    kept = [row for row in rows if row is not None]
     if not kept:
-        raise DataError(f"no row is left of {len(examples)}: {reasons or 'the dataset is empty'}", where=name)
-    if dropped:
-        log(f"{name}: {len(kept)} of {len(examples)} rows kept; dropped {reasons}")
+        reasons = _counted(tally.dropped) or "the dataset is empty"
+        raise DataError(f"no row is left of {len(examples)}: {reasons}", where=name)
+    for line in tally.lines(len(kept), len(rows)):
+        log(f"{name}: {line}")
     return kept
 
 
+def _counted(reasons: Counter[str]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+
+
 def _encode(
-    example: Example, student: CutEncoder, teacher: CutEncoder, max_length: int, overlong: Literal["drop", "truncate"]
-) -> AlignedRow | str:
-    """The row, or why there is none."""
+    example: Example, sides: tuple[_Side, _Side], overlong: Literal["drop", "truncate"], tally: _Tally
+) -> AlignedRow | None:
     if not example.completion:
-        return "without an answer"
-    sides: list[CutRow] = []
-    for whose, encoder in (("student", student), ("teacher", teacher)):
-        side = encoder.cut_row(example)
-        if side is None:
-            return f"whose answer the {whose}'s chat template changes"
-        if len(side.row.ids) > max_length:
-            if overlong == "drop":
-                return f"longer than max_length={max_length} in the {whose}'s tokens"
-            side = side.cut(max_length)
-        sides.append(side)
-    row = align(*sides)
-    return row if row.groups else f"with no common text within max_length={max_length}"
+        tally.dropped["without an answer"] += 1
+        return None
+    found: list[CutRow] = []
+    longer = []
+    for side in sides:
+        row = side.encoder.cut_row(example)
+        if row is None:
+            tally.dropped[f"whose answer the {side.whose}'s chat template changes"] += 1
+            return None
+        longer += [side.bound()] if len(row.row.ids) > side.limit else []
+        found.append(row.cut(side.limit))
+    if longer and overlong == "drop":
+        tally.dropped[f"longer than {' and '.join(longer)}"] += 1
+        return None
+    aligned = align(*found)
+    if not _has_text(aligned, found[0].cuts, _ends(example)):
+        bound = f"within {' and '.join(longer)}" if longer else f"in groups of at most {LONGEST_GROUP} tokens"
+        tally.dropped[f"with no common text {bound}"] += 1
+        return None
+    tally.shortened.update(f"at {bound}" for bound in longer)
+    own = [group for group, cut in zip(aligned.student_groups, found[0].cuts, strict=True) if cut != OUTSIDE]
+    tally.tokens, tally.alone = tally.tokens + len(own), tally.alone + own.count(NO_GROUP)
+    return aligned
+
+
+def _ends(example: Example) -> set[int]:
+    """The cuts that follow the ends of the answers that are learned."""
+    turns = () if isinstance(example.prompt, str) or not example.every_turn else example.prompt
+    answers = [*(turn.content for turn in turns if turn.role == "assistant"), example.completion or ""]
+    return set(accumulate(len(answer) + 1 for answer in answers))
+
+
+def _has_text(row: AlignedRow, cuts: Sequence[int], ends: Container[int]) -> bool:
+    """Whether a group has more in it than the end of an answer; ``cuts`` are those of the student's tokens."""
+    start = reached = 0
+    current: int | None = None
+    for group, cut in zip(row.student_groups, cuts, strict=True):
+        if group != current:
+            start, current = reached, group
+        if cut < 0:
+            continue
+        reached = cut
+        if group != NO_GROUP and not (cut in ends and cut == start + 1):
+            return True
+    return False

@@ -18,7 +18,7 @@ from kdkit.api.data import TokenBatch
 from kdkit.api.errors import ModelError
 from kdkit.models.heads import split
 from kdkit.train.aligned import AlignedSignals
-from kdkit.train.blocks import Block, BlockSizes, block_tokens, blocked_logprobs, blocked_loss
+from kdkit.train.blocks import ALIGNED_COPIES, Block, BlockSizes, block_tokens, blocked_logprobs, blocked_loss
 from kdkit.train.packing import isolates, unpack
 from kdkit.train.policy.terms import PolicyGradient, policy_gradient
 
@@ -134,7 +134,7 @@ class CausalObjective(nn.Module):
         weight = self._parts.head.weight
         others = sum(term.vocabulary or 0 for term in self.terms if term.kind == "aligned")
         if others:  # the teacher's logits are projected for each block of losses, too
-            tokens = block_tokens(weight.shape[0] + others)
+            tokens = block_tokens(weight.shape[0] + others, ALIGNED_COPIES)
             return BlockSizes(tokens, tokens)
         return BlockSizes.of(weight.shape[0], weight.device.type, (self._compute or weight.dtype).itemsize)
 

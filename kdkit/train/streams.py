@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 from kdkit.api.data import TokenBatch
 from kdkit.train.aligned import AlignedSignals, aligned_batch
-from kdkit.train.alignment import AlignedRow, group_count
+from kdkit.train.alignment import aligned_rows, group_count
 from kdkit.train.batching import DataOrder
 from kdkit.train.policy.batch import PolicyBatch, policy_batch
 from kdkit.train.policy.rows import PolicyRow, sequence_count, token_count
@@ -95,7 +95,7 @@ class Stream:
             lay: Makes a batch of rows, in an order of its choice.
         """
         if self.signals is not None and any(term.kind == "aligned" for term in self.terms):
-            return Inputs(*aligned_batch(cast("Sequence[AlignedRow]", part), lay, self.signals))
+            return Inputs(*aligned_batch(aligned_rows(part), lay, self.signals))
         if isinstance(part[0], PolicyRow):
             batch, policy = policy_batch(cast("Sequence[PolicyRow]", part), lay, self.temperature)
         else:

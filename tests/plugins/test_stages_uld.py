@@ -2,10 +2,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from test_stages import ROWS, distill, problems, run
 
+from kdkit.api import LossSpec, Params
+from kdkit.plugins.stages.checks import check_distill
+from kdkit.plugins.stages.training import _terms
 from kdkit.testing.tiny import save_tiny_model, tiny_piece_tokenizer
 
 ULD = {"use": "uld"}
@@ -113,3 +117,29 @@ def test_the_same_recipe_gives_the_same_bytes(tmp_path, models, monkeypatch):
         path = run(tmp_path, {"kd": distill(models, losses=[ULD])}).stage("kd").outputs["model"].path
         digests.append(hashlib.sha256((path / "model.safetensors").read_bytes()).hexdigest())
     assert digests[0] == digests[1]
+
+
+def test_an_aligned_loss_uses_the_teacher_whatever_it_says_it_needs():
+    spec = LossSpec(name="mine", summary="m", params=Params, build=print, loss_kind="aligned", needs=frozenset())
+    loss = SimpleNamespace(name="mine", weight=1.0, found=SimpleNamespace(spec=spec))
+    teacher = SimpleNamespace(
+        found=SimpleNamespace(spec=SimpleNamespace(gives=frozenset({"logits"}), fixed_rows=False))
+    )
+    given = SimpleNamespace(losses=[loss], teacher=teacher, on_policy=0.0, sampling=None)
+    assert list(check_distill(given)) == []
+    (term,) = _terms(given, SimpleNamespace(build=lambda component: component), 387)
+    assert term.vocabulary == 387, "the memory of a block depends on it"
+
+
+def test_a_teacher_with_few_positions_is_asked_for_no_more(tmp_path, models, monkeypatch):
+    from kdkit.plugins.teachers import local
+
+    class Short(local.LocalTeacher):
+        def __init__(self, params, ctx):
+            super().__init__(params, ctx)
+            self.positions = 8
+
+    monkeypatch.setattr(local, "LocalTeacher", Short)
+    result = run(tmp_path, {"kd": distill(models, losses=[ULD])})
+    assert not result.ok
+    assert "longer than the teacher's 8 positions" in str(result.error)

@@ -12,11 +12,15 @@ ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 MERGES = "Ġ Ġ|Ċ Ċ|Ġ t|h e|Ġt he|f o|fo o|foo Ġ|i n|( )|Ġ =|Ċ ĠĠ|- Ġ|ð Ł|ðŁ ĺ|Ġ ðŁĺ|Ģ a|Ã ©|e Ì"
 
 
-def byte_level(*, trim_offsets: bool = False, template: str = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
+def byte_level(
+    *, trim_offsets: bool = False, composes: bool = False, template: str = CHAT_TEMPLATE
+) -> PreTrainedTokenizerFast:
     """Byte-level pieces that hold spaces at either end, and bytes of two characters at once."""
     merges = [tuple(pair.split(" ")) for pair in MERGES.split("|")]
     vocab = {t: i for i, t in enumerate(dict.fromkeys([*ALPHABET, *("".join(pair) for pair in merges)]))}
     tokenizer = Tokenizer(BPE(vocab=vocab, merges=merges))
+    if composes:
+        tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
@@ -29,6 +33,15 @@ def normalising() -> PreTrainedTokenizerFast:
     pieces = [*letters, ("▁the", -3.0), ("ffi", -3.0), ("in", -3.0), ("▁▁", -3.0)]
     tokenizer = Tokenizer(Unigram(pieces, unk_id=0, byte_fallback=False))
     tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="always", split=False)
+    return finish(tokenizer, CHAT_TEMPLATE)
+
+
+def fusing() -> PreTrainedTokenizerFast:
+    """Letters after a dummy prefix; what it lacks, newlines among it, is fused into one unknown token."""
+    letters = [("<unk>", 0.0), ("▁", -2.0), *((chr(c), -5.0) for c in range(33, 127))]
+    tokenizer = Tokenizer(Unigram(letters, unk_id=0, byte_fallback=False))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="always", split=False)
     return finish(tokenizer, CHAT_TEMPLATE)

@@ -1,17 +1,21 @@
 from __future__ import annotations
 
+from itertools import accumulate
+
 import pytest
 import torch
 from conftest_train import FakeContext
 from test_loop import params
 from test_objective import ShapeSpy, Teacher, assert_same
 
-from kdkit.api import AlignedLossInputs, ConformanceError, Example, Message, TopK
+from kdkit.api import AlignedLossInputs, ConformanceError, Dense, Example, Message, TopK
 from kdkit.models.cuts import CutEncoder
-from kdkit.plugins.losses.aligned import ULD
+from kdkit.plugins.losses import aligned as aligned_losses
+from kdkit.plugins.losses.aligned import ULD, _descending
 from kdkit.plugins.losses.token import cross_entropy
 from kdkit.testing.tiny import tiny_model, tiny_piece_tokenizer, tiny_tokenizer
-from kdkit.train.aligned import AlignedSignals, aligned_batch
+from kdkit.train import blocks, loop
+from kdkit.train.aligned import AlignedSignals, Span, aligned_batch
 from kdkit.train.alignment import NO_GROUP, AlignedRow, align
 from kdkit.train.batching import collate, micro_batches
 from kdkit.train.loop import data_task, train
@@ -93,12 +97,12 @@ def reference(model, teacher, rows, *, weights=(1.0, 0.0), shift=1, **values):
 
 def gradients(model, teacher, rows, *, size, lay=collate, block=None, terms=None, compute=None):
     model.zero_grad()
-    objective = CausalObjective(model, terms or (uld(),), block=block, compute=compute)
+    made = CausalObjective(model, terms or (uld(),), block=block, compute=compute)
     tokens, groups = sum(r.targets for r in rows), sum(r.groups for r in rows)
     loss = 0.0
     for part in micro_batches(rows, size):
         batch, signals = aligned_batch(part, lay, Teacher(teacher))
-        measured = objective(batch, signals, 1 / tokens, 1 / groups)
+        measured = made(batch, signals, 1 / tokens, 1 / groups)
         measured.loss.backward()
         loss += float(measured.loss.detach())
     return loss, {name: p.grad.clone() for name, p in model.named_parameters()}
@@ -134,6 +138,45 @@ def test_value_and_gradient_are_those_of_the_formula(merge, temperature, width, 
     got, want = (torch.autograd.grad((v * scale).sum(), x.student_logits)[0] for v in (values, wanted))
     assert torch.allclose(got, want, rtol=1e-9, atol=1e-13)
     assert bool(got[2:4].any()) == (merge == "joint"), "only the joint form trains the further tokens of a group"
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.3, 3.0, 60.0])
+def test_both_ways_to_sort_agree_with_ties_and_in_the_gradient(spread):
+    """On a CPU float32 is sorted by NumPy: as torch sorts it, entry by entry."""
+    generator = torch.Generator().manual_seed(0)
+    # Rounded, so that many entries are equal; far apart, so that many are 0.
+    rough = (spread * torch.randn(7, 300, generator=generator)).round()
+    for values in (torch.softmax(rough, -1), torch.softmax(rough, -1)[:, ::2], torch.zeros(2, 5), torch.zeros(0, 5)):
+        factors = torch.randn(values.shape, generator=generator)
+        results = []
+        for sort in (_descending, lambda p: p.sort(dim=-1, descending=True, stable=True).values):
+            p = values.clone().requires_grad_()
+            got = sort(p)
+            results.append((got.detach(), torch.autograd.grad((got * factors).sum(), p)[0]))
+        assert torch.equal(results[0][0], results[1][0])
+        assert torch.equal(results[0][1], results[1][1])
+        before = values.clone()
+        assert torch.equal(_descending(values), results[1][0])
+        assert torch.equal(values, before)
+
+
+def test_float32_is_sorted_by_its_bits_and_other_tensors_by_torch(monkeypatch):
+    names = []
+    ranked = aligned_losses._Ranked.apply
+    monkeypatch.setattr(aligned_losses._Ranked, "apply", lambda p: names.append(p.dtype) or ranked(p))
+    x, wide = inputs(dtype=torch.float32), inputs()
+    values, wanted = ULD()(x), ULD()(wide)
+    assert names == [torch.float32]
+    assert torch.allclose(values.double(), wanted, rtol=1e-5)
+    got, want = (torch.autograd.grad(v.sum(), z.student_logits)[0] for v, z in ((values, x), (wanted, wide)))
+    assert torch.allclose(got.double(), want, rtol=1e-3, atol=1e-6)
+
+
+def test_what_is_not_a_number_stays_visible():
+    x = inputs(dtype=torch.float32)
+    with torch.no_grad():
+        x.student_logits[0, 3] = float("nan")
+    assert ULD()(x).isnan().tolist() == [True, False, False]
 
 
 def test_a_golden_value():
@@ -230,8 +273,6 @@ def test_a_student_that_knows_its_teacher_by_other_tokens_has_no_loss():
             self.logits = self.logits[torch.tensor(side.learned[1:])]
 
         def block(self, start, stop):
-            from kdkit.api import Dense
-
             return Dense(self.logits[start:stop])
 
     batch, signals = aligned_batch([row], collate, lambda _: Certain(row.teacher, PIECES))
@@ -342,8 +383,43 @@ def test_a_block_of_a_wide_pair_is_smaller():
 
     narrow, wide = (CausalObjective(tiny_model(), (LossTerm("uld", 1.0, ULD(), vocabulary=v, kind="aligned"),))
                     for v in (259, 262_144))  # fmt: skip
-    assert narrow.sizes().loss == narrow.sizes().product == block_tokens(518)
-    assert wide.sizes().loss == block_tokens(262_144 + 259)
+    assert narrow.sizes().loss == narrow.sizes().product == block_tokens(518, 8)
+    assert wide.sizes().loss == block_tokens(262_144 + 259, 8) == 2**30 // (262_403 * 4 * 8)
+
+
+@pytest.mark.parametrize(
+    ("width", "other", "tokens"), [(4000, 4000, 1), (12_000, 4000, 1), (4000, 12_000, 1), (12_000, 4000, 2)]
+)
+def test_the_memory_of_a_block_is_what_its_size_is_chosen_for(width, other, tokens, monkeypatch):
+    """With torch's sort, which needs more than NumPy's, and whose memory is seen here."""
+    from torch.profiler import ProfilerActivity, profile
+
+    monkeypatch.setattr(aligned_losses, "_descending", lambda p: p.sort(dim=-1, descending=True, stable=True).values)
+    count = 64
+    groups = tuple(place // tokens for place in range(count))
+    its = tuple(range(count // tokens))
+    signals = AlignedSignals(Wide(len(its), other), torch.zeros(len(its), dtype=torch.int64), groups, its,
+                             tuple((g, g + 1) for g in its))  # fmt: skip
+    terms = (LossTerm("uld", 0.5, ULD(temperature=2.0), kind="aligned"), LossTerm("ce", 0.5, cross_entropy))
+    block = blocks.Block(terms, (1.0, 1.0), torch.zeros(count, dtype=torch.int64), signals, lambda x: x)
+    head = torch.randn(width, 4)
+    grads = [torch.zeros(count, 4), torch.zeros(width, 4), None]
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as spy:
+        blocks._run_product(
+            block, torch.randn(count, 4), [head, None], [Span(0, count, 0, len(its))], grads, torch.float32
+        )
+    events = [e for e in spy.profiler.kineto_results.events() if e.name() == "[memory]"]
+    alive = list(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+    copies = max(alive) / (count * (width + other) * 4)
+    assert 2 < copies < blocks.ALIGNED_COPIES
+
+
+class Wide:
+    def __init__(self, count, width):
+        self.logits = torch.randn(count, width)
+
+    def block(self, start, stop):
+        return Dense(self.logits[start:stop].clone())
 
 
 @pytest.mark.parametrize("size", [1, 7])
@@ -369,3 +445,62 @@ def test_the_loop_divides_groups_and_tokens_by_those_of_the_step(aligned, tmp_pa
         found = [logged[f"{part}/{name}"] for name in ("uld", "cross-entropy")]
         assert found == pytest.approx(wanted, rel=1e-5)
         assert logged[f"{part}/loss"] == pytest.approx(0.7 * wanted[0] + 0.3 * wanted[1], rel=1e-5)
+
+
+def test_rows_without_a_teachers_side_are_refused_by_name(aligned, rows, tmp_path):
+    mixed = [[*aligned[:1], *rows[:1]]]
+    task = data_task(tiny_model().train(), (uld(),), mixed, [1.0], seed=0, signals=Teacher(tiny_model()))
+    with pytest.raises(ConformanceError, match=f"row {rows[0].id}: an aligned loss needs rows in the teacher's tokens"):
+        train(task, params(max_steps=1), FakeContext(tmp_path), compute=torch.float32)
+
+
+class Rank(loop._Training):
+    """One of two ranks: what it tells the other is kept, what it hears is given."""
+
+    world = 2
+    rank, heard = 0, ()
+
+    def _all_ranks(self, value):
+        place = len(self.told)
+        self.told.append(value)
+        return value + (self.heard[place] if self.heard else 0)
+
+    def _rows(self, step):
+        return [self.task.streams[0].source.data[0][self.rank :: 2]]
+
+    def _apply(self, norm, rows):
+        self.seen.update({name: p.grad.clone() for name, p in self._bare().named_parameters()})
+        return super()._apply(norm, rows)
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_ranks_divide_by_the_tokens_and_groups_of_all_ranks(aligned, tmp_path, monkeypatch, size):
+    """Two ranks with unlike numbers of groups; the mean of their gradients, which DDP takes, is that of one process."""
+    terms = (uld(0.7), LossTerm("cross-entropy", 0.3, cross_entropy))
+    options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size, "max_grad_norm": 1e9}
+    given = params(max_steps=1, learning_rate=1e-15, **options)
+
+    def run_rank(rank, heard):
+        model, teacher = models()
+        task = data_task(model, terms, [aligned], [1.0], seed=0, held_out=aligned, signals=Teacher(teacher))
+        ctx = FakeContext(tmp_path / f"{rank}-{len(heard)}")
+        training = Rank(task, given, ctx, torch.float64)
+        training.rank, training.heard, training.told, training.seen = rank, heard, [], {}
+        monkeypatch.setattr(type(training.accelerator), "process_index", rank)
+        training.run()
+        return training, {key: value for _, values in ctx.values for key, value in values.items()}
+
+    told = [run_rank(rank, ())[0].told for rank in (0, 1)]
+    groups = [sum(row.groups for row in aligned[rank::2]) for rank in (0, 1)]
+    assert [counts[1] for counts in told] == groups
+    assert groups[0] != groups[1]
+    (one, logged), (two, others) = (run_rank(rank, told[1 - rank]) for rank in (0, 1))
+    model, teacher = models()
+    for name, grad in reference(model, teacher, aligned, weights=(0.7, 0.3))[1].items():
+        assert torch.allclose((one.seen[name] + two.seen[name]) / 2, grad, rtol=1e-8, atol=1e-12), name
+    # The sums of both ranks would be added, too: each logs its own part of the mean.
+    for weights, name in (((1.0, 0.0), "uld"), ((0.0, 1.0), "cross-entropy")):
+        wanted = reference(model, teacher, aligned, weights=weights)[0]
+        for part in ("eval", "train"):
+            share = logged[f"{part}/{name}"] + others[f"{part}/{name}"]
+            assert share == pytest.approx(wanted, rel=1e-5), (part, name)

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import unicodedata
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from other_tokenizers import byte_level, normalising
+from other_tokenizers import byte_level, fusing, normalising
 
 from kdkit.api import DataError, Example, Message, ModelError
 from kdkit.models import cuts
@@ -137,6 +139,56 @@ def test_the_row_is_the_one_that_training_sees(name, text, prompt):
     assert made[-1] == len(text) + 1
 
 
+COMPOSING = {trims: CutEncoder(byte_level(trim_offsets=trims, composes=True)) for trims in (False, True)}
+DECOMPOSED = ["ae\u0301b", "e\u0301", "\u0301a", "a\u0300\u0323b", "q\u0307\u0323 the", "x\u1112\u1161\u11ab y",
+              "\ud558\u11ab", "a\u0323\u0300  the e\u0301e\u0301  ", " e\u0301  foo foo e\u0301", "\u0958a",
+              "\u09c7\u09be \u0b47\u0b3e", "e \u0301"]  # fmt: skip
+
+
+def check_prefixes(a: CutEncoder, b: CutEncoder, text: str) -> AlignedRow:
+    """After every group both sides have read the same text, but for Unicode's normal form."""
+    row = align(*(e.cut_row(example(text, "Q: ")) for e in (a, b)))
+    for count in range(1, row.groups + 1):
+        read = []
+        for encoder, side, groups in ((a, row, row.student_groups), (b, row.teacher, row.teacher_groups)):
+            ids = [i for i, group in zip(learned(side), groups, strict=True) if group < count]
+            decoded = encoder.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+            read.append(unicodedata.normalize("NFC", decoded))
+        assert "\ufffd" not in read[0]
+        assert read[0] == read[1]
+    assert row.groups >= 2
+    return row
+
+
+@pytest.mark.parametrize("trims", [False, True])
+@pytest.mark.parametrize("text", DECOMPOSED)
+def test_a_character_that_one_side_composes_stays_whole(text, trims):
+    check_prefixes(ENCODERS["bytes"], COMPOSING[trims], text)
+    check_prefixes(COMPOSING[trims], ENCODERS["pairs"], text)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    text=st.text(alphabet="ae \u0301\u0323\u0300foth\u1112\u1161\u11ab\u09c7\u09be-é", min_size=1, max_size=16),
+    trims=st.booleans(),
+)
+def test_any_characters_that_one_side_composes_stay_whole(text, trims):
+    check_prefixes(ENCODERS["bytes"], COMPOSING[trims], text)
+
+
+def test_letters_and_their_marks_are_groups_of_their_own():
+    row = check_prefixes(ENCODERS["bytes"], COMPOSING[False], "ae\u0301b")
+    assert row.student_groups == (0, 1, 1, 1, 2, 3)
+    assert row.teacher_groups == (0, 1, 2, 3)
+
+
+def test_what_no_token_covers_stays_on_its_side_of_the_answers_ends():
+    answer = cuts._Answer("<_ab_>", 2, 4, 0, 2)
+    spans = list(cuts._whole([(0, 1), (3, 4), (5, 6)], ["<", "b", ">"], answer))
+    assert spans == [(0, 2), (3, 4), (5, 6)]
+    assert cuts._cuts(spans, answer) == [OUTSIDE, 2, 3]
+
+
 def test_the_pieces_of_one_character_stay_together():
     made = ENCODERS["bytes"].cut_row(example("a😀b", "Q: ")).cuts
     assert made == (1, NO_CUT, NO_CUT, NO_CUT, 2, 3, 4)
@@ -160,6 +212,20 @@ def test_letters_of_one_ligature_stay_together():
     row = encoder.cut_row(example("ﬁn", "Q: "))
     assert encoder.tokenizer.convert_ids_to_tokens(learned(row.row))[:2] == ["f", "in"]
     assert row.cuts == (NO_CUT, 2, 3)
+
+
+@pytest.mark.parametrize("text", ["日本 ok", "日", "ok 日", "\n日a"])
+def test_an_unknown_token_swallows_no_text(text):
+    """Where a newline and the text's first characters are unknown, both are one token."""
+    encoder = CutEncoder(fusing())
+    assert encoder._adds_prefix
+    found = encoder.cut_row(example(text, "Q: "))
+    assert found.row == ChatEncoder(fusing()).training(example(text, "Q: "))
+    pieces = encoder.tokenizer.convert_ids_to_tokens(learned(found.row))
+    unknown = any(ord(c) > 127 or c == "\n" for c in text)
+    assert pieces.count("<unk>") == unknown
+    assert "".join(pieces).count("o") == text.count("o")
+    assert [cut for cut in found.cuts if cut >= 0][-2:] == [len(text), len(text) + 1]
 
 
 def test_a_template_that_trims_joins_the_white_space_to_what_follows():
@@ -233,7 +299,8 @@ def test_rows_are_counted_and_named():
     options = {"max_length": 80, "log": logs.append, "name": "dataset d"}
     kept = encode_aligned(rows, student, teacher, overlong="drop", **options)
     assert [row.id for row in kept] == ["0", "3"]
-    dropped = "1 without an answer, 1 longer than max_length=80 in the student's tokens"
+    longer = "longer than max_length=80 in the student's tokens and max_length=80 in the teacher's tokens"
+    dropped = f"1 without an answer, 1 {longer}"
     assert logs == [f"dataset d: 2 of 4 rows kept; dropped {dropped}"]
     cut = encode_aligned(rows, student, teacher, overlong="truncate", **options)
     assert [len(row.ids) <= 80 and len(row.teacher.ids) <= 80 for row in cut] == [True] * 3
@@ -241,6 +308,66 @@ def test_rows_are_counted_and_named():
         encode_aligned(rows[:1], student, teacher, overlong="drop", **{**options, "max_length": 5})
     with pytest.raises(DataError, match="no common text within max_length=5"):
         encode_aligned(rows[:1], student, teacher, overlong="truncate", **{**options, "max_length": 5})
+
+
+ROW = [Example(id="a", prompt=PROMPT, completion="It is the end")]
+
+
+def encoded(rows=ROW, *, overlong="drop", max_length=80, positions=(None, None), sides=None):
+    logs: list[str] = []
+    student, teacher = sides or (ENCODERS["bytes"], CutEncoder(tiny_piece_tokenizer()))
+    options = {"max_length": max_length, "overlong": overlong, "positions": positions}
+    return encode_aligned(rows, student, teacher, log=logs.append, name="d", **options), logs
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_each_side_is_bounded_by_its_own_positions(side):
+    (whole,), logs = encoded()
+    assert logs == []
+    whose, lengths = ("student", "teacher")[side], (len(whole.ids), len(whole.teacher.ids))
+    few = [None, None]
+    few[side] = lengths[side]
+    assert encoded(positions=tuple(few)) == ([whole], [])
+    few[side] -= 3
+    with pytest.raises(DataError, match=f"1 longer than the {whose}'s {few[side]} positions"):
+        encoded(positions=tuple(few))
+    (cut,), logs = encoded([*ROW], overlong="truncate", positions=tuple(few))
+    assert (len(cut.ids), len(cut.teacher.ids))[side] == few[side]
+    assert (len(cut.ids), len(cut.teacher.ids))[1 - side] == lengths[1 - side]
+    assert logs[0] == f"d: cut short: 1 at the {whose}'s {few[side]} positions"
+    both = (lengths[0] - 1, lengths[1] - 1)
+    with pytest.raises(DataError, match=r"longer than the student's \d+ positions and the teacher's \d+ positions$"):
+        encoded(positions=both)
+
+
+def test_text_in_no_group_is_told(monkeypatch):
+    monkeypatch.setattr(alignment, "LONGEST_GROUP", 3)
+    (row,), logs = encoded([Example(id="1", prompt="Q: ", completion="It what 1")])
+    assert row.student_groups.count(NO_GROUP) == 5
+    assert logs == ["d: 5 of 10 answer tokens are in no group: no aligned loss sees them"]
+    # What a template puts before an answer is none of its text.
+    thinks = CutEncoder(tiny_tokenizer(chat_template=THINKS))
+    assert encoded([Example(id="1", prompt=PROMPT, completion="It")], sides=(thinks, ENCODERS["bytes"]))[1] == []
+    (_,), logs = encoded([Example(id="1", prompt="Q: ", completion="It is")], max_length=7, overlong="truncate")
+    assert logs[0] == "d: cut short: 1 at max_length=7 in the student's tokens"
+
+
+def test_a_row_with_nothing_but_the_end_of_its_answers_in_common_is_dropped(monkeypatch):
+    monkeypatch.setattr(alignment, "LONGEST_GROUP", 4)
+    turns = (Message("user", "a?"), Message("assistant", "What"), Message("user", "c?"))
+    rows = [
+        Example(id="words", prompt="Q: ", completion=" what"),
+        Example(id="turns", prompt=turns, completion=" what", every_turn=True),
+        Example(id="fine", prompt="Q: ", completion=" what it"),
+    ]
+    sides = ENCODERS["bytes"], CutEncoder(tiny_piece_tokenizer(chat_template=UNTRIMMED))
+    assert align(*(side.cut_row(rows[0]) for side in sides)).groups == 1
+    kept, logs = encoded(rows, sides=sides)
+    assert "words" not in [row.id for row in kept]
+    assert "fine" in [row.id for row in kept]
+    assert logs[0].endswith("with no common text in groups of at most 4 tokens")
+    assert align(*(side.cut_row(Example(id="1", prompt="Q: ", completion="x")) for side in sides)).groups == 2
+    assert len(encoded([Example(id="1", prompt="Q: ", completion="x")], sides=sides)[0]) == 1
 
 
 def test_what_cannot_be_aligned_is_refused():

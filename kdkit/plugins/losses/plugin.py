@@ -90,7 +90,7 @@ class ULDParams(Params):
     """Distribution of a group of several tokens. ``first``: that of its first token, where both models have read the
     same text. ``joint``: the same times the probabilities of the group's further tokens, so that the entry of the first
     token is the probability of the whole group; it sums to less than one, and only this form trains the further
-    tokens."""
+    tokens. Their gradient vanishes where they are improbable, which cross-entropy in the mixture makes up for."""
     temperature: float = Field(1.0, gt=0)
     """Softmax temperature of both models; a bounded distance has no factor T^2."""
 

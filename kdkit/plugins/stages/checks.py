@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from kdkit.api.protocols import Loss
     from kdkit.plugins.stages.plugin import DistillParams, EvaluateParams, GenerateParams, SftParams
 
-__all__ = ["check_distill", "check_evaluate", "check_generate", "check_sft"]
+__all__ = ["check_distill", "check_evaluate", "check_generate", "check_sft", "uses_teacher"]
 
 Problem: TypeAlias = tuple[tuple[str | int, ...], str]
 Problems: TypeAlias = list[Problem]
@@ -22,6 +22,11 @@ Problems: TypeAlias = list[Problem]
 _FILE_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _PASSED: Final = 1.0
 _BASELINE: Final = "baseline-"
+
+
+def uses_teacher(spec: Any) -> bool:
+    """Whether a loss compares with a teacher: an aligned one always does, whatever else it needs."""
+    return spec.loss_kind == "aligned" or bool(spec.needs)
 
 
 def _check_losses(losses: list[Weighted[Loss]], gives: frozenset[str]) -> Problems:
@@ -32,7 +37,7 @@ def _check_losses(losses: list[Weighted[Loss]], gives: frozenset[str]) -> Proble
         where = ("losses", index, "use")
         if spec.loss_kind not in {"token", "aligned"}:
             problems.append((where, f"'{loss.name}' is a {spec.loss_kind} loss; this stage takes token losses"))
-        elif (spec.needs or spec.loss_kind == "aligned") and not gives:
+        elif uses_teacher(spec) and not gives:
             problems.append((where, f"'{loss.name}' needs a teacher; use a distill stage"))
         elif spec.needs and not spec.needs & gives:
             wants, has = " or ".join(sorted(spec.needs)), ", ".join(sorted(gives))
@@ -55,7 +60,7 @@ def check_distill(params: DistillParams) -> Problems:
     """Problems of a distill stage."""
     spec: Any = params.teacher.found.spec
     problems = _check_losses(params.losses, spec.gives)
-    if not any(loss.found.spec.needs for loss in params.losses if hasattr(loss.found.spec, "needs")):
+    if not any(uses_teacher(_spec(loss)) for loss in params.losses):
         problems.append((("losses",), "no loss uses the teacher; add one, such as forward-kl, or use an sft stage"))
     return [*problems, *_mixed_kinds(params.losses), *_on_policy_problems(params)]
 

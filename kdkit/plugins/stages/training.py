@@ -20,6 +20,7 @@ from kdkit.models.cuts import CutEncoder
 from kdkit.models.heads import verify_split
 from kdkit.models.load import check_same_vocabulary, load_model, load_tokenizer, vocabulary
 from kdkit.models.save import read_provenance, save_model
+from kdkit.plugins.stages.checks import uses_teacher
 from kdkit.plugins.stages.plugin import DistillParams, OwnAnswers
 from kdkit.plugins.stages.served import check_same_teacher
 from kdkit.train.alignment import encode_aligned
@@ -121,7 +122,8 @@ def _train(
         shared = check_same_vocabulary(own, teacher.vocabulary)
     if teacher is not None:
         check_same_teacher(teacher, ctx)
-    encode = partial(_encode, encoder=encoder, reader=reader, params=params, ctx=ctx)
+    positions = getattr(student.model.config, "max_position_embeddings", None), getattr(teacher, "positions", None)
+    encode = partial(_encode, encoder=encoder, reader=reader, params=params, ctx=ctx, positions=positions)
     precision = ctx.precision(params.precision)
     compute = torch.bfloat16 if precision == "bf16" else torch.float32
     data = [encode(component) for component in params.data]
@@ -172,7 +174,7 @@ def _terms(params: TrainParams, ctx: StageContext, shared: int | None) -> list[L
             weight=loss.weight,
             loss=ctx.build(loss),
             # Only a divergence is confined to the entries both models have; a likelihood sees every entry.
-            vocabulary=shared if loss.found.spec.needs else None,  # type: ignore[attr-defined]
+            vocabulary=shared if uses_teacher(loss.found.spec) else None,
             kind=loss.found.spec.loss_kind,  # type: ignore[attr-defined]
         )
         for loss in params.losses
@@ -200,12 +202,13 @@ def _encode(
     reader: CutEncoder | None,
     params: TrainParams,
     ctx: StageContext,
+    positions: tuple[int | None, int | None],
 ) -> Sequence[Encoded]:
     """Rows of a dataset in the student's tokens, and in the teacher's own when it has a ``reader``."""
     rows, name = ctx.load(component), f"dataset {component.name}"
     limits: dict[str, Any] = {"max_length": params.max_length, "overlong": params.overlong}
     if reader is not None and isinstance(encoder, CutEncoder):
-        return encode_aligned(rows.examples, encoder, reader, log=ctx.log, name=name, **limits)
+        return encode_aligned(rows.examples, encoder, reader, log=ctx.log, name=name, positions=positions, **limits)
     return encode_rows(rows.examples, encoder, log=ctx.log, name=name, **limits)
 
 

@@ -49,7 +49,7 @@ class LocalTeacher:
         verify_split(self._model)
         self._parts = split(self._model)
         self._isolates = isolates(self._parts.trunk)
-        self._positions: int | None = getattr(self._model.config, "max_position_embeddings", None)
+        self.positions: int | None = getattr(self._model.config, "max_position_embeddings", None)
         if not self._isolates:
             ctx.log(f"teacher {type(self._model).__name__} sees across rows that lie end to end: it gets padded rows")
         self._batch_size = params.batch_size
@@ -59,7 +59,7 @@ class LocalTeacher:
     def signals(self, batch: TokenBatch, /) -> _HiddenSignals:
         """One forward pass of the trunk over the batch."""
         # Some architectures have buffers of their number of positions, which a packed row may exceed.
-        if not self._isolates or (self._positions is not None and batch.input_ids.shape[1] > self._positions):
+        if not self._isolates or (self.positions is not None and batch.input_ids.shape[1] > self.positions):
             batch = unpack(batch)
         return _HiddenSignals(self._parts, valid_hidden(self._parts.trunk, batch))
 
