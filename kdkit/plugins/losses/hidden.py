@@ -58,10 +58,17 @@ class HiddenCosine(_Distance):
     """sum over pairs of 1 - cos(h_S W, h_T), [N], 0 to 2 for each pair.
 
     Sanh et al. 2019 (DistilBERT): the cosine embedding loss that aligns the directions of hidden states; there of the
-    last layer, without W.
+    last layer, without W. A state that is zero has no direction, and counts as orthogonal.
     """
 
     def __call__(self, x: RepresentationLossInputs, /) -> Tensor:
         """One value per token; no gradient reaches the teacher."""
         pairs = zip(x.student, x.teacher, strict=True)
-        return torch.stack([1 - torch.cosine_similarity(own, its.detach(), dim=-1) for own, its in pairs]).sum(0)
+        return torch.stack([1 - _cosine(own, its.detach()) for own, its in pairs]).sum(0)
+
+
+def _cosine(own: Tensor, its: Tensor) -> Tensor:
+    """[N]; 0, without a gradient, where one of the two is the zero vector and has no direction."""
+    norms = own.norm(dim=-1) * its.norm(dim=-1)
+    known = norms > 0
+    return torch.where(known, (own * its).sum(-1) / torch.where(known, norms, 1.0), 0.0)
