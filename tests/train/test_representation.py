@@ -120,7 +120,7 @@ def reference(student, teacher, rows, *, seed=3):
         ce = nn.functional.cross_entropy(own.logits[0, :-1][keep], ids[0, 1:][keep], reduction="sum")
         log_p, log_q = (torch.log_softmax(o.logits[0, :-1][keep], -1) for o in (its, own))
         total = total + torch.stack([mse, cos, ce, (log_p.exp() * (log_p - log_q)).sum()])
-    loss = (total * torch.tensor([0.7, 0.4, 0.3, 0.2])).sum() / count
+    loss = (total * torch.tensor([0.7, 0.4, 0.3, 0.2], dtype=torch.float64)).sum() / count
     loss.backward()
     grads = {f"model.{name}": p.grad.clone() for name, p in student.named_parameters()}
     places = [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
@@ -165,20 +165,16 @@ def test_no_gradient_reaches_the_teacher():
     assert all(p.grad is None for p in teacher.model.parameters())
 
 
-def test_hidden_states_alone_make_no_logits_and_leave_the_head_alone():
+def test_hidden_states_alone_make_no_logits_and_leave_the_head_alone(monkeypatch):
     student, teacher = tiny_model(tied=False).double().train(), Teacher(tiny_model(layers=4, seed=1).double())
     calls = []
     student.lm_head.register_forward_hook(lambda *_: calls.append(1))
-    Signals.block, block = lambda *_: calls.append(1), Signals.block
-    try:
-        loss, _, grads = gradients(student, teacher, make_rows(), losses=(LOSSES[0],))
-        with_likelihood = gradients(student, teacher, make_rows(), losses=(LOSSES[0],))
-    finally:
-        Signals.block = block
+    monkeypatch.setattr(Signals, "block", lambda *_: calls.append(1))
+    loss, _, grads = gradients(student, teacher, make_rows(), losses=(LOSSES[0],))
     assert loss > 0
     assert not calls
     assert "model.lm_head.weight" not in grads
-    assert with_likelihood[0] == loss
+    assert "model.model.norm.weight" in grads, "the last state comes after the norm"
 
 
 def test_a_teacher_is_asked_for_logits_only_where_a_loss_reads_them():
@@ -208,7 +204,8 @@ def test_a_batch_without_learned_tokens_gives_zero():
 def test_the_value_is_zero_for_equal_models_and_the_same_without_gradient():
     student = tiny_model(layers=3).double()
     teacher, rows = Teacher(tiny_model(layers=3).double()), make_rows()
-    batch = collate(rows)
+    # The state of the pad id can be zero here, which has no direction.
+    batch = collate([type(row)(row.id, tuple(min(i, 257) for i in row.ids), row.learned) for row in rows])
     for loss in (HiddenMSE(), HiddenCosine()):
         terms = terms_of(student, teacher, ("hidden", 1.0, loss, "representation"))
         assert terms[0].match.pairs == [(1, 1), (2, 2), (3, 3)]
@@ -217,7 +214,7 @@ def test_the_value_is_zero_for_equal_models_and_the_same_without_gradient():
             measured = CausalObjective(student, terms)(batch, teacher.signals(batch, layers=[1, 2, 3]), 1.0)
         assert not measured.loss.requires_grad
         assert float(measured.loss) == pytest.approx(0, abs=1e-12)
-    student, teacher = models()
+    student, teacher, batch = *models(), collate(rows)
     with_gradient = gradients(student, teacher, rows)[0]
     terms = terms_of(student, teacher, *LOSSES)
     with torch.no_grad():
@@ -301,7 +298,7 @@ def opt():
     return OPTForCausalLM(config)
 
 
-@pytest.mark.parametrize("make", [partial(tiny_model, layers=3, vocab=61), gpt2, gemma2, opt])
+@pytest.mark.parametrize("make", [partial(tiny_model, layers=3), gpt2, gemma2, opt])
 def test_layers_are_counted_as_transformers_does(make):
     torch.manual_seed(0)
     model = make().eval()
@@ -328,9 +325,17 @@ def test_a_model_without_one_list_of_layers_is_refused():
 
 
 def test_a_layer_that_hands_on_something_else_is_refused():
+    class Flat(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner, self.attention_type = inner, "full_attention"
+
+        def forward(self, hidden_states, **others):
+            return self.inner(hidden_states[0], **others)
+
     model = tiny_model(layers=2)
+    model.model.layers[1] = Flat(model.model.layers[1])
     model.model.layers[0].register_forward_hook(lambda _m, _a, out: out[None])
-    model.model.layers[1].register_forward_pre_hook(lambda _m, args: (args[0][0],))
     with pytest.raises(ModelError, match="has no hidden states of tokens at layer 1"):
         HiddenStates(model)
 
@@ -415,7 +420,7 @@ def test_training_brings_the_states_together_and_trains_the_projectors(tmp_path)
         assert 0 < curve[-1] < 0.8 * curve[0], name
     assert {"eval/hidden-mse", "eval/hidden-cosine", "eval/loss"} <= set(ctx.values[-1][1])
     for before, after in zip(start.parameters(), matches.parameters(), strict=True):
-        assert float((after - before).abs().max()) > 1e-3
+        assert float((after - before).detach().abs().max()) > 1e-3
 
 
 def test_stop_and_resume_gives_bitwise_the_same_weights_and_projectors(tmp_path):
