@@ -469,3 +469,24 @@ def test_checkpoints_of_other_losses_are_what_they_were(tmp_path):
     (path,) = (tmp_path / "checkpoints").glob("step-*/model.safetensors")
     with safe_open(path, "pt") as file:
         assert "model.embed_tokens.weight" in file.keys()  # noqa: SIM118
+
+
+def test_the_best_weights_are_those_of_the_model_alone(tmp_path):
+    from safetensors import safe_open
+
+    student, _, ctx = fit(
+        tmp_path, losses=LOSSES[:1], held_out=make_rows(6, seed=5), eval_steps=2, max_steps=6, save_steps=2,
+        metric_for_best_model="hidden-mse", learning_rate=1e-3,
+    )  # fmt: skip
+    assert any("eval/hidden-mse" in values for _, values in ctx.values)
+    with safe_open(tmp_path / "checkpoints" / "best" / "model.safetensors", "pt") as file:
+        best = set(file.keys())
+    assert best == {name for name, _ in (*student.named_parameters(), *_buffers(student))}
+    with safe_open(tmp_path / "checkpoints" / "step-000004" / "model.safetensors", "pt") as file:
+        assert {"matches.0.projectors.2.weight", "model.lm_head.weight"} & set(file.keys()) == {
+            "matches.0.projectors.2.weight"
+        }, "projectors are kept, and a tied head is not kept twice"
+
+
+def _buffers(module):
+    return [(f"buffer:{name}", tensor) for name, tensor in module.named_buffers()]
