@@ -272,9 +272,10 @@ class PolicyLossOutput:
 
 @dataclass(frozen=True, slots=True)
 class RepresentationLossInputs:
-    """Hidden states of the block's tokens for each pair of layers the loss asked for.
+    """Hidden states for each pair of layers the loss asked for, at the positions that predict the block's tokens.
 
-    ``student[i]`` is [N, D_student] (projected when the loss has a projector), ``teacher[i]`` is [N, D_teacher].
+    ``student[i]`` is [N, D_student] (projected when the loss has a projector), ``teacher[i]`` is [N, D_teacher]; both
+    in float32 (float64 in reference tests), differentiable with respect to the student's.
     """
 
     student: tuple[Tensor, ...]

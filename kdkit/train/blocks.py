@@ -114,6 +114,8 @@ class Block:
         term, labels = self.terms[index], self.labels[span.start : span.stop]
         if term.kind == "aligned":
             return self._aligned(term, logits, labels, span)
+        if term.kind == "representation":
+            return logits[:0].sum()  # its value and gradient come from hidden states, not from logits
         if term.kind == "policy":
             return self._policy(term, self.gradients[index], logits, labels, span)
         return _token_sum(term, logits, teacher, labels, weights)
