@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Final, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Final, Generic, Literal, TypeAlias, TypeVar
 
 from kdkit.api.artifacts import Artifact
 from kdkit.api.params import Params
@@ -41,6 +41,7 @@ __all__ = [
 ]
 
 P = TypeVar("P", bound=Params)
+PolicyNeed: TypeAlias = Literal["teacher", "reference"]
 NAME: Final = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 
 
@@ -79,12 +80,21 @@ class LossSpec(Spec[P]):
     Attributes:
         loss_kind: ``token``, ``policy``, ``representation`` or ``aligned``.
         needs: Teacher signals the loss accepts; empty when it needs no teacher.
+        policy_needs: What a policy loss must find in its inputs besides the student's log-probabilities, advantages and
+            weights: ``teacher`` (``teacher_logprobs``) and ``reference`` (``ref_logprobs``), which take another model;
+            or a function of the parameters that says it. What is not declared is None. (A loss that reads the entropy
+            says so by its attribute ``wants_entropy``.)
     """
 
     kind: ClassVar[str] = "loss"
     build: Callable[[P], Any]
     loss_kind: Literal["token", "policy", "representation", "aligned"] = "token"
     needs: frozenset[Literal["logits", "topk"]] = frozenset()
+    policy_needs: frozenset[PolicyNeed] | Callable[[P], frozenset[PolicyNeed]] = frozenset()
+
+    def policy_needs_of(self, params: P) -> frozenset[PolicyNeed]:
+        """What the policy loss needs with these parameters."""
+        return self.policy_needs(params) if callable(self.policy_needs) else self.policy_needs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

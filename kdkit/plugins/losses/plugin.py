@@ -11,7 +11,8 @@ from pydantic_core import PydanticCustomError
 from kdkit.api import LossSpec, Params, hookimpl
 
 if TYPE_CHECKING:
-    from kdkit.api import AlignedLoss, TokenLoss
+    from kdkit.api import AlignedLoss, PolicyLoss, TokenLoss
+    from kdkit.api.specs import PolicyNeed
 
 
 _NEAREST: Final = 1e-3
@@ -94,6 +95,70 @@ class ULDParams(Params):
     """Softmax temperature of both models; a bounded distance has no factor T^2."""
 
 
+class MiniLLMParams(Params):
+    """MiniLLM's policy gradient: sampled tokens become more or less probable by their advantage.
+
+    The stage computes the advantages: what the teacher thinks of a token and all after it, next to what the student
+    thought when it sampled. The value per token is max(-A r, -A clip(r)), where r is the token's probability now over
+    that when it was sampled, times its importance weight.
+    """
+
+    cliprange: float | None = Field(0.2, gt=0)
+    """A ratio r outside 1 - cliprange to 1 + cliprange has no gradient when its advantage would move it further out.
+    null never clips."""
+    is_in_clip: bool = True
+    """Where the importance weight w of sampling from a mixture stands: within the clipped ratio, as in the authors'
+    code (with w above 1 + cliprange or below 1 - cliprange a token may have no gradient from the start), or outside, as
+    a factor of the clipped value."""
+
+
+class OnPolicyReverseKLParams(Params):
+    """Reverse KL on the student's own answers, token by token: on-policy distillation with discount 0.
+
+    A token's advantage is the teacher's log-probability minus that of the student when it sampled. What a token makes
+    of the tokens after it does not count.
+    """
+
+    coefficient: float = Field(1.0, gt=0)
+    """Multiplies the advantages."""
+    clip: float | None = Field(None, gt=0)
+    """PPO's clip range of the ratio of probabilities now and when sampled; null never clips."""
+
+
+class GRPOParams(Params):
+    """Group relative policy optimisation: -min(r A, clip(r) A), where A compares completions of one prompt.
+
+    The ratio r is a token's probability now over that when it was sampled.
+    """
+
+    loss_type: Literal["grpo", "dr_grpo", "dapo", "bnpo"] = "dapo"
+    """What values are divided by. ``grpo``: the tokens of each completion, then the completions, so that tokens of long
+    ones count less. ``dapo``: all tokens of the optimiser step. ``dr_grpo``: the completions times constant_length.
+    ``bnpo``: all tokens of the micro-batch, so that the gradient depends on how a step is cut."""
+    epsilon: float = Field(0.2, gt=0, lt=1)
+    """A ratio below 1 - epsilon is not pushed down further."""
+    epsilon_high: float | None = Field(None, gt=0)
+    """A ratio above 1 + epsilon_high is not pushed up further; epsilon when null. DAPO has 0.28."""
+    beta: float = Field(0.0, ge=0)
+    """Weight of the k3 estimate of KL(student || reference)."""
+    importance_sampling_level: Literal["token", "sequence"] = "token"
+    """``sequence``: one ratio for all tokens of a completion, their geometric mean (GSPO). Its authors use it with
+    loss_type grpo."""
+    delta: float | None = Field(None, gt=1)
+    """Bounds the ratio where the advantage is negative, which nothing else does; above 1 + epsilon_high."""
+    constant_length: int | None = Field(None, ge=1)
+    """For loss_type dr_grpo: what each completion's sum is divided by, such as max_completion_length."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.loss_type == "dr_grpo") != (self.constant_length is not None):
+            raise PydanticCustomError("constant_length", "loss_type: dr_grpo, and only it, needs a constant_length")
+        high = self.epsilon if self.epsilon_high is None else self.epsilon_high
+        if self.delta is not None and self.delta <= 1 + high:
+            raise PydanticCustomError("delta", "delta is above 1 + epsilon_high, where clipping has its bound")
+        return self
+
+
 def _cross_entropy(params: CrossEntropyParams) -> TokenLoss:
     del params
     from kdkit.plugins.losses.token import cross_entropy
@@ -105,6 +170,28 @@ def _uld(params: ULDParams) -> AlignedLoss:
     from kdkit.plugins.losses.aligned import ULD
 
     return ULD(**params.model_dump())
+
+
+def _minillm(params: MiniLLMParams) -> PolicyLoss:
+    from kdkit.plugins.losses.policy import MiniLLM
+
+    return MiniLLM(**params.model_dump())
+
+
+def _on_policy_reverse_kl(params: OnPolicyReverseKLParams) -> PolicyLoss:
+    from kdkit.plugins.losses.policy import OnPolicyReverseKL
+
+    return OnPolicyReverseKL(**params.model_dump())
+
+
+def _grpo(params: GRPOParams) -> PolicyLoss:
+    from kdkit.plugins.losses.grpo import GRPO
+
+    return GRPO(**params.model_dump())
+
+
+def _grpo_needs(params: GRPOParams) -> frozenset[PolicyNeed]:
+    return frozenset({"reference"}) if params.beta else frozenset()
 
 
 def _token(name: str) -> Callable[[Params], TokenLoss]:
@@ -151,4 +238,31 @@ def kdkit_losses() -> Iterator[LossSpec[Any]]:
         build=_uld,
         loss_kind="aligned",
         needs=frozenset({"logits"}),
+    )
+    yield from _policy_losses()
+
+
+def _policy_losses() -> Iterator[LossSpec[Any]]:
+    yield LossSpec(
+        name="minillm",
+        summary="Policy gradient of the sequence-level reverse KL (MiniLLM)",
+        params=MiniLLMParams,
+        build=_minillm,
+        loss_kind="policy",
+    )
+    yield LossSpec(
+        name="on-policy-reverse-kl",
+        summary="Per-token reverse KL of sampled tokens as the advantage (on-policy distillation)",
+        params=OnPolicyReverseKLParams,
+        build=_on_policy_reverse_kl,
+        loss_kind="policy",
+        policy_needs=frozenset({"teacher"}),
+    )
+    yield LossSpec(
+        name="grpo",
+        summary="Clipped policy gradient with group advantages (GRPO, Dr. GRPO, DAPO, GSPO)",
+        params=GRPOParams,
+        build=_grpo,
+        loss_kind="policy",
+        policy_needs=_grpo_needs,
     )

@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from kdkit.testing.conformance.loss import TokenLossConformance
+from kdkit.testing.conformance.policy import PolicyLossConformance
 
-__all__ = ["TokenLossConformance"]
+__all__ = ["PolicyLossConformance", "TokenLossConformance"]
