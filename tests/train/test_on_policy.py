@@ -353,7 +353,7 @@ def test_evaluation_keeps_to_the_data(tmp_path):
     _, _, plain = run(tmp_path / "a", model=tiny_model().train(), held_out=held_out, max_steps=1, learning_rate=1e-30)
     model = tiny_model().train()
     ctx = FakeContext(tmp_path / "b")
-    work = data_task(model, CE, [make_rows(10)], [1.0], held_out=held_out, on_policy=policy(model))
+    work = data_task(model, CE, [make_rows(10)], [1.0], seed=3, held_out=held_out, on_policy=policy(model))
     train(work, params(max_steps=1, learning_rate=1e-30), ctx, compute=torch.float32)
     want, got = ([v["eval/loss"] for _, v in c.values if "eval/loss" in v] for c in (plain, ctx))
     assert got == pytest.approx(want)

@@ -87,11 +87,13 @@ def test_a_step_divides_by_what_it_has_in_all_micro_batches(tmp_path, monkeypatc
 
 def test_two_streams_add_up(tmp_path, monkeypatch):
     own, data = policy_stream(make_completions()), data_stream(make_rows(8))
-    alone = [step(tmp_path / str(i), [stream], monkeypatch)[0] for i, stream in enumerate((own, data))]
+    alone, logs = zip(*(step(tmp_path / str(i), [s], monkeypatch) for i, s in enumerate((own, data))), strict=True)
     for size, accumulation in ((8, 1), (2, 4)):
         options = {"size": size, "accumulation": accumulation}
         both, logged = step(tmp_path / f"both-{size}", [own, data], monkeypatch, **options)
         assert torch.allclose(both, sum(alone), rtol=1e-9, atol=1e-12)
+        for name in ("train/clip", "train/clip/outside", "train/cross-entropy", "train/lm/cross-entropy"):
+            assert logged[name] == pytest.approx((logs[0] | logs[1])[name], rel=1e-5)
         names = {"train/clip": 0.7, "train/cross-entropy": 0.3, "train/lm/cross-entropy": 0.5}
         assert logged["train/loss"] == pytest.approx(sum(weight * logged[name] for name, weight in names.items()))
         tokens = sum(row.targets for row in (*make_completions(), *make_rows(8)))
