@@ -76,9 +76,7 @@ class Scorer:
             packed = self.padding_free and isolates(split(self.model).trunk)
         lay, found = self._lay(packed=packed), dict[int, tuple[tuple[float, ...], tuple[float, ...]]]()
         for part in micro_batches(numbered, self.batch_size):
-            batch, policy = policy_batch(
-                [numbered[int(row.id)] for row in part], self._lay(packed=packed), self.temperature
-            )
+            batch, policy = policy_batch([numbered[int(row.id)] for row in part], lay, self.temperature)
             old, teacher = self._batch(batch, policy)
             sizes = policy.lengths.tolist()
             pairs = zip(batch.example_ids, old.cpu().split(sizes), teacher.cpu().split(sizes), strict=True)

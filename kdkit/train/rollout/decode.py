@@ -148,9 +148,8 @@ def decode(
     longest = sampling.max_new_tokens
     bounds = [longest] * len(prompts) if limits is None else [min(longest, limit) for limit in limits]
     jobs = [_Job(*parts) for parts in zip(prompts, seeds, bounds, strict=True)]
-    settings = _Settings(
-        sampling, frozenset(stop_ids), batch_size, vocabulary, mixture, logprobs, support and cuts(sampling)
-    )
+    support = support and cuts(sampling)
+    settings = _Settings(sampling, frozenset(stop_ids), batch_size, vocabulary, mixture, logprobs, support)
     decoder = _Decoder(model, settings)
     functional_call(decoder, _cast(decoder, compute), (jobs, on_batch))
     return [Decoded(job.ids, job.logprobs, job.drawn, job.support if support else None) for job in jobs]
