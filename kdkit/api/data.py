@@ -211,6 +211,8 @@ TeacherSignal: TypeAlias = Dense | TopK
 class TokenLossInputs:
     """A block of N valid tokens, already shifted: row i of the logits predicts ``labels[i]``.
 
+    Do not write in place: the logits are shared with the other losses of the block.
+
     Attributes:
         student_logits: [N, V] float32 (float64 in reference tests), raw, no temperature applied.
         teacher: The teacher's signal for the same rows, or None.

@@ -66,7 +66,11 @@ def test_training_mode_computes_what_evaluation_does(make, checkpointing):
 
 def test_the_dropout_is_back_after_an_error():
     model = gpt2()
-    with pytest.raises(RuntimeError), without_dropout(model):
-        assert (model.transformer.drop.p, model.config.attn_pdrop) == (0, 0)
-        raise RuntimeError
+
+    def fails():
+        with without_dropout(model):
+            raise RuntimeError(f"{model.transformer.drop.p} {model.config.attn_pdrop}")
+
+    with pytest.raises(RuntimeError, match=r"0\.0 0\.0"):
+        fails()
     assert (model.transformer.drop.p, model.config.attn_pdrop) == (0.3, 0.3)

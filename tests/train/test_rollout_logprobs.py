@@ -3,9 +3,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kdkit.api import Sampling
+from kdkit.api import PolicyLossOutput, Sampling
 from kdkit.testing.tiny import tiny_model
-from kdkit.train.rollout import decode, mismatch, taken_logprobs, token_logprobs, warp
+from kdkit.train.batching import collate
+from kdkit.train.objective import CausalObjective, LossTerm
+from kdkit.train.policy.batch import policy_batch
+from kdkit.train.policy.rows import PolicyRow
+from kdkit.train.policy.terms import taken_logprobs
+from kdkit.train.rollout import decode, mismatch, token_logprobs, warp
 from kdkit.train.rollout import logprobs as module
 
 PROMPTS = [[1, 2, 3], [9], [4, 5, 6, 7, 8, 9], [30, 20], [77, 1]]
@@ -84,7 +89,12 @@ def test_empty_completions_have_no_log_probabilities():
 def test_gradients_of_log_probability_and_entropy_exist_where_tokens_are_cut(how):
     logits = torch.randn(4, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     labels = logits.argmax(-1)
-    assert torch.autograd.gradcheck(lambda x: taken_logprobs(x, labels, how, entropy=True), (logits,))
+
+    def both(x):
+        taken = taken_logprobs(x if how is None else warp(x, how), labels, entropy=True)
+        return taken.logprobs, taken.entropy
+
+    assert torch.autograd.gradcheck(both, (logits,))
 
 
 def test_mismatch_by_hand():
@@ -99,3 +109,26 @@ def test_mismatch_by_hand():
     }
     assert mismatch([], []).metrics() == {"mismatch_mean": 0, "mismatch_max": 0, "mismatch_far": 0}
     assert mismatch([[minus]], [torch.tensor([-1.0])]).far == 1
+
+
+def test_what_the_architecture_does_to_logits_is_done_in_float32():
+    """As the losses of training do it: a soft cap in bf16 would move ratios before anything was learned."""
+    model, completions = tiny_model(), [row.ids for row in sampled(None)]
+    model.config.final_logit_softcapping = 3.0
+    got = token_logprobs(model, PROMPTS, completions, compute=torch.bfloat16, packed=False)
+    rows = [
+        PolicyRow(str(i), (*a, *b), (*(False for _ in a), *(True for _ in b)), (0.0,) * len(b), (0.0,) * len(b), i)
+        for i, (a, b) in enumerate(zip(PROMPTS, completions, strict=True))
+    ]
+    seen = []
+
+    def loss(x):
+        seen.append(x)
+        return PolicyLossOutput(per_token=x.logprobs, aggregation="token-mean")
+
+    objective = CausalObjective(model.train(), [LossTerm("x", 1.0, loss, kind="policy")], compute=torch.bfloat16)
+    batch, policy = policy_batch(rows, collate, 1.0)
+    objective(batch, None, 1.0, policy=policy)
+    for index, row in enumerate(got.logprobs):
+        place = next(i for i, n in enumerate(seen[0].completion_ids) if n[: len(row)].tolist() == completions[index])
+        torch.testing.assert_close(row, seen[0].logprobs[place, : len(row)].detach(), atol=2e-3, rtol=0)

@@ -107,6 +107,7 @@ class _Stage:
             ),
             estimator=_estimator(params),
             log=ctx.log,
+            reads_teacher=any(_reads_teacher(loss) for loss in params.losses),
         )
         buffer = RolloutBuffer(
             rollouts.make,
@@ -186,6 +187,10 @@ class _Stage:
                 raise StageError(f"an answer has {what}", where=where)
             decoded.append(Decoded(ids, [], []))
         return decoded
+
+
+def _reads_teacher(loss: Any) -> bool:
+    return "teacher" in loss.found.spec.policy_needs_of(loss.params)
 
 
 def _estimator(params: MiniLLMStageParams) -> Estimator:

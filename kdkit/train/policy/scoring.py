@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 import torch
-from torch import nn
 
 from kdkit.api.data import Dense, TokenBatch
 from kdkit.api.errors import StageError
@@ -20,6 +19,7 @@ from kdkit.models.heads import split
 from kdkit.train.batching import collate, micro_batches
 from kdkit.train.blocks import block_tokens
 from kdkit.train.divergences import upcast
+from kdkit.train.logits import logit_blocks
 from kdkit.train.objective import valid_hidden
 from kdkit.train.packing import isolates, pack
 from kdkit.train.policy.batch import PolicyBatch, policy_batch
@@ -96,16 +96,12 @@ class Scorer:
         parts = split(self.model)
         with torch.autocast(batch.input_ids.device.type, self.compute, enabled=self.compute in _HALF):
             hidden = valid_hidden(parts.trunk, batch)
-        labels = batch.input_ids[:, 1:][batch.labels_mask[:, 1:]]
-        head, signals = parts.head, self.signals(batch)
-        weight, bias = (None if p is None else p.to(self.compute) for p in (head.weight, head.bias))
-        size = block_tokens(int(head.weight.shape[0]))
+        labels, signals = batch.input_ids[:, 1:][batch.labels_mask[:, 1:]], self.signals(batch)
         old, teacher = [], []
-        for start in range(0, len(labels), size):
-            stop = min(start + size, len(labels))
+        for start, logits in logit_blocks(hidden, parts, block_tokens(int(parts.head.weight.shape[0])), self.compute):
+            stop = start + len(logits)
             kept = policy.support.kept(start, stop, self.vocabulary, labels.device) if policy.support else None
-            projected = nn.functional.linear(hidden[start:stop].to(self.compute), weight, bias)
-            old.append(self._taken(upcast(parts.transform(upcast(projected))), labels[start:stop], kept))
+            old.append(self._taken(logits, labels[start:stop], kept))
             teacher.append(self._of_teacher(signals.block(start, stop), labels[start:stop], kept))
         return torch.cat(old), torch.cat(teacher)
 
