@@ -1,7 +1,7 @@
 """Training without dropout, for policies.
 
 A ratio q / q_old compares two forward passes of the same model. With dropout in one of them, or in both, it would be
-off from one before anything was learned, and the difference between two masks would be taken for a change of the policy.
+off from one before anything was learned: the difference between two masks would be taken for a change of the policy.
 """
 
 from __future__ import annotations

@@ -100,7 +100,7 @@ class MiniLLMRollouts:
 
         ``reward`` per token, scaled and clipped; ``reverse_kl_estimate``, the mean of w (log q - log p) over sampled
         tokens; ``importance_weight`` w; ``answer_tokens`` with the end token; ``truncated_share``;
-        ``end_advantage``, the mean advantage of end tokens, where there were any: below 0, answers get longer;
+        ``end_advantage``, the mean advantage of end tokens, where there were any: above 0, they get likelier;
         ``generation_tokens_per_s``; and how far decoding is from the forward pass of training (``mismatch_*``, nats).
         """
         made, self._facts = self._facts, []

@@ -39,8 +39,8 @@ class Decoded:
         ids: New token ids, with the stop id that ended them.
         logprobs: Of these tokens in nats under the model, warped as it was sampled; empty unless asked for.
         drawn: Log-probabilities under the distribution that was sampled from, which differ with a mixture only.
-        support: Ids (int32) that top-k and top-p of the model kept at every token, ascending; None unless asked for, or when
-            they keep all.
+        support: Ids (int32) that top-k and top-p of the model kept at every token, ascending; None unless asked for, or
+            when they keep all.
     """
 
     ids: list[int]
