@@ -45,6 +45,8 @@ class LossTerm:
     log-probabilities over them; for an aligned loss it is how many entries the teacher has, which the memory of a block
     depends on. ``teacher``: whether a token loss compares with the teacher; it is not asked for logits that no loss
     reads. ``match``: pairs of layers and projectors of a representation loss.
+    ``sampled``: on the student's own completions, a token loss compares the distributions that they are sampled from:
+    at the temperature of the sampling, and over the tokens that top-k and top-p kept.
     """
 
     name: str
@@ -54,6 +56,7 @@ class LossTerm:
     kind: Literal["token", "aligned", "policy", "representation"] = "token"
     teacher: bool = True
     match: Match | None = None
+    sampled: bool = False
 
     @property
     def wants_entropy(self) -> bool:

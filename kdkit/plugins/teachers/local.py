@@ -20,6 +20,7 @@ from kdkit.train.rollout import generate, stop_ids
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedModel
 
     from kdkit.api import BuildContext, Completion, Example, Sampling, TokenBatch
     from kdkit.plugins.teachers.plugin import LocalTeacherParams
@@ -73,6 +74,11 @@ class LocalTeacher:
     def hidden_sizes(self) -> tuple[int, ...]:
         """Width of each of its hidden states."""
         return self._states.sizes
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model itself, which can take part in the student's sampling."""
+        return self._model
 
     @torch.no_grad()
     def signals(self, batch: TokenBatch, /, *, layers: Sequence[int] = ()) -> _HiddenSignals:
