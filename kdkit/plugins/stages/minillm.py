@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from kdkit.models.chat import Encoded
     from kdkit.plugins.stages.minillm_plugin import MiniLLMStageParams
 
-__all__ = ["run"]
+__all__ = ["estimator_of", "run"]
 
 
 def run(params: MiniLLMStageParams, ctx: StageContext) -> StageOutputs:
@@ -105,7 +105,7 @@ class _Stage:
                 batch_size=params.per_device_train_batch_size,
                 padding_free=params.padding_free,
             ),
-            estimator=_estimator(params),
+            estimator=estimator_of(params),
             log=ctx.log,
             reads_teacher=any(_reads_teacher(loss) for loss in params.losses),
         )
@@ -193,7 +193,8 @@ def _reads_teacher(loss: Any) -> bool:
     return "teacher" in loss.found.spec.policy_needs_of(loss.params)
 
 
-def _estimator(params: MiniLLMStageParams) -> Estimator:
+def estimator_of(params: MiniLLMStageParams) -> Estimator:
+    """What the parameters say about rewards, returns and weights."""
     return Estimator(
         alpha=params.alpha,
         gamma=params.gamma,
