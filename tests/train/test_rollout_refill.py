@@ -7,8 +7,9 @@ import torch
 import transformers
 
 from kdkit.api import Sampling
-from kdkit.train.rollout import Mixture, decode
+from kdkit.train.rollout import Mixture, attention, cache, decode
 from kdkit.train.rollout.cache import PaddedRows, RaggedRows, ragged
+from kdkit.train.rollout.spans import spans
 
 STOP = 258
 COMMON = {
@@ -67,8 +68,12 @@ def naive(model, prompt, limit):
     return ids[len(prompt) :]
 
 
+@pytest.mark.parametrize("slack", [None, 0, 5])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_rows_that_join_and_leave_do_not_change_their_neighbours(name):
+def test_rows_that_join_and_leave_do_not_change_their_neighbours(name, slack, monkeypatch):
+    if slack is not None:
+        monkeypatch.setattr(attention, "_SLACK", slack)
+        monkeypatch.setattr(cache, "_FILLING", slack)
     model = model_of(name)
     assert ragged(model.base_model) == (name != "Bloom")
     expected = [naive(model, *row) for row in zip(PROMPTS, LIMITS, strict=True)]
@@ -140,3 +145,59 @@ def test_precision_and_vocabulary_reach_the_decoder():
 
 def test_no_prompts_give_no_answers():
     assert decode(model_of("Llama"), [], Sampling(), [], stop_ids=(), batch_size=4) == []
+
+
+@pytest.mark.parametrize("name", ["Llama", "Gemma3", "Gemma2"])
+def test_a_row_reads_no_more_slots_than_its_span_has(name, monkeypatch):
+    """Prompts of 12, 2 and 1 tokens get a second token: 13, 3 and 2 slots."""
+    model, seen = model_of(name), []
+    assert ragged(model.base_model)
+    sdpa = attention.sdpa_attention_forward
+
+    def watched(module, query, key, *rest, **how):
+        seen.append(tuple(key.shape[::2]))
+        return sdpa(module, query, key, *rest, **how)
+
+    monkeypatch.setattr(attention, "sdpa_attention_forward", watched)
+    for slack, expected in ((0, [(1, 13), (1, 3), (1, 2)]), (1, [(1, 13), (2, 3)]), (99, [(3, 13)])):
+        seen.clear()
+        monkeypatch.setattr(attention, "_SLACK", slack)
+        decode(model, [PROMPTS[i] for i in (5, 2, 0)], Sampling(), [0] * 3, stop_ids=(), batch_size=3, limits=[2] * 3)
+        # Gemma 2 attends eagerly, which nothing stands in for.
+        assert seen == ([] if name == "Gemma2" else expected * 2)
+        assert model.config._attn_implementation == ("eager" if name == "Gemma2" else "sdpa")
+
+
+def test_prompts_of_similar_length_are_read_together(monkeypatch):
+    model, shapes = model_of("Llama"), []
+    assert ragged(model.base_model)
+    monkeypatch.setattr(cache, "_FILLING", 4)
+    model.base_model.register_forward_pre_hook(
+        lambda _, __, given: shapes.append(tuple(given["input_ids"].shape)), with_kwargs=True
+    )
+    decode(model, PROMPTS, Sampling(), SEEDS, stop_ids=(), batch_size=10, limits=[1] * 10)
+    # Lengths 12, 9 | 7, 6, 5 | 4, 3, 2 | 2, 1: with 3, 3, 3 and 1 tokens of padding.
+    assert shapes == [(2, 12), (3, 7), (3, 4), (2, 2)]
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_a_model_attends_as_before_once_it_has_decoded(failing):
+    model = model_of("Llama")
+    try:
+        with attention.reads_spans(model.config):
+            assert model.config._attn_implementation != "sdpa"
+            if failing:
+                raise RuntimeError
+    except RuntimeError:
+        pass
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_spans_by_hand():
+    assert spans([], 9) == []
+    assert spans([5], 0) == [(0, 1, 5)]
+    assert spans([5, 5, 4], 0) == [(0, 2, 5), (2, 3, 4)]
+    assert spans([5, 5, 4], 1) == [(0, 3, 5)]
+    # The longest may come last: then those before it are what is filled up.
+    assert spans([1, 1, 4, 9], 6) == [(0, 3, 4), (3, 4, 9)]
+    assert spans([1, 1, 4, 9], 5) == [(0, 2, 1), (2, 4, 9)]
