@@ -21,6 +21,7 @@ from kdkit.models.chat import ChatEncoder, Encoded
 from kdkit.models.heads import split, verify_split
 from kdkit.models.load import Vocabulary, load_model, load_tokenizer, vocabulary
 from kdkit.models.locate import fingerprint
+from kdkit.models.positions import positions
 from kdkit.train.batching import collate
 from kdkit.train.divergences import upcast
 from kdkit.train.objective import block_tokens, valid_hidden
@@ -77,8 +78,7 @@ class ServedModel:
         self.vocabulary: Vocabulary = vocabulary(self._tokenizer, self._model)
         told = (fingerprint(artifact.path), artifact.keep_layers, str(dtype))
         self.fingerprint: str = hashlib.sha256(repr(told).encode()).hexdigest()
-        limit = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
-        self.context: int | None = limit if isinstance(limit, int) and limit > 0 else None
+        self.context: int | None = positions(self._model.config)
 
     def chat_ids(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation up to where the answer starts. Raises ``ModelError``, ``DataError``."""

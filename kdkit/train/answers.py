@@ -16,6 +16,7 @@ from kdkit.api.errors import DataError, ModelError
 from kdkit.models.chat import ChatEncoder
 from kdkit.models.heads import verify_split
 from kdkit.models.load import load_model, load_tokenizer
+from kdkit.models.positions import positions
 from kdkit.models.pretrained import load_errors, quiet
 from kdkit.train.rollout import generate, stop_ids
 
@@ -114,8 +115,7 @@ def _context(model: Model) -> int | None:
         config = AutoConfig.from_pretrained(
             model.path, local_files_only=True, trust_remote_code=model.trust_remote_code
         )
-        limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else None
+    return positions(config)
 
 
 def _check_room(example: Example, tokens: int, new: int, context: int | None, model: str) -> None:

@@ -12,7 +12,21 @@ if TYPE_CHECKING:
     from kdkit.api import Example
     from kdkit.models.chat import ChatEncoder, Encoded
 
-__all__ = ["encode_prompts", "encode_rows"]
+__all__ = ["encode_prompts", "encode_rows", "row_limit"]
+
+
+def row_limit(max_length: int, positions: tuple[int | None, int | None]) -> tuple[int, str]:
+    """The most tokens of a row that student and teacher both read, and what bounds it, in words.
+
+    Args:
+        max_length: What the recipe allows.
+        positions: How many tokens the student and the teacher can read; None where they do not say.
+    """
+    bounds = [(max_length, f"max_length={max_length}")]
+    for whose, count in zip(("student", "teacher"), positions, strict=True):
+        if count is not None:
+            bounds.append((count, f"the {whose}'s {count} positions"))
+    return min(bounds, key=lambda bound: bound[0])
 
 
 def encode_rows(
@@ -23,8 +37,9 @@ def encode_rows(
     overlong: Literal["drop", "truncate"],
     log: Callable[[str], None],
     name: str,
+    positions: tuple[int | None, int | None] = (None, None),
 ) -> list[Encoded]:
-    """Training rows of at most ``max_length`` tokens with at least one learned token.
+    """Training rows with at least one learned token, as long as :func:`row_limit` allows.
 
     Raises:
         DataError: No row is left.
@@ -32,19 +47,20 @@ def encode_rows(
     kept: list[Encoded] = []
     dropped: Counter[str] = Counter()
     lengths: list[int] = []
+    limit, bound = row_limit(max_length, positions)
     for example in examples:
         if not example.completion:
             dropped["without an answer"] += 1
             continue
         row = encoder.training(example)
         lengths.append(len(row.ids))
-        if len(row.ids) > max_length:
+        if len(row.ids) > limit:
             if overlong == "drop":
-                dropped[f"longer than max_length={max_length}"] += 1
+                dropped[f"longer than {bound}"] += 1
                 continue
-            row = row.cut(max_length)
+            row = row.cut(limit)
         if not row.targets:
-            dropped[f"with a prompt over max_length={max_length}"] += 1
+            dropped[f"with a prompt over {bound}"] += 1
             continue
         kept.append(row)
     reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())

@@ -432,3 +432,27 @@ def test_generation_defaults_that_transformers_refuses_to_save_do_not_lose_the_t
 )
 def test_mistakes_in_an_evaluation_are_found_before_it_runs(tmp_path, models, change, message):
     assert message in " | ".join(problems(tmp_path, {"eval": {**evaluate(models), **change}}))
+
+
+# --- positions --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("whose", "kind"), [("student", "sft"), ("student", "distill"), ("teacher", "distill"),
+                                             ("teacher", "cache-teacher")])  # fmt: skip
+def test_rows_beyond_the_positions_of_a_model_are_not_read(tmp_path, models, whose, kind):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"vocab_size": 259, "n_positions": 20, "n_embd": 32, "n_layer": 1, "n_head": 4}
+    GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=256, eos_token_id=258)).save_pretrained(tmp_path / "short")
+    tiny_tokenizer().save_pretrained(tmp_path / "short")
+    given = {"model": str(tmp_path / "short")} if whose == "student" else {}
+    stage = sft(models, **given)
+    if kind != "sft":
+        name = tmp_path / "short" if whose == "teacher" else models / "teacher"
+        stage = distill(models, losses=[{"use": "forward-kl"}], **given, teacher={"use": "local", "model": str(name)})
+    expected = f"longer than the {whose}'s 20 positions"
+    if kind == "cache-teacher":
+        stage = {"kind": kind, "teacher": stage["teacher"], "student": stage["model"], "data": stage["data"]}
+        expected = r"tokens, and the teacher 20 positions; set max_length: 20"
+    result = run(tmp_path, {"s": stage})
+    assert expected in str(result.error)

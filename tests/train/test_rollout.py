@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from kdkit.api import Sampling
+from kdkit.api import ModelError, Sampling
 from kdkit.testing.tiny import tiny_model, tiny_tokenizer
-from kdkit.train.rollout import generate
+from kdkit.train.rollout import Mixture, decode, generate
 from kdkit.train.rollout.sampling import next_tokens
 
 PROMPTS = [[1, 2, 3, 4, 5, 6], [7], [9, 8, 7], [20, 30]]
@@ -84,3 +84,35 @@ def test_the_models_own_generation_defaults_do_not_leak_in():
     model.generation_config.max_new_tokens = 2
     out = generate(model, tiny_tokenizer(), PROMPTS, Sampling(max_new_tokens=8), [0] * 4, stop_ids=(258,), batch_size=4)
     assert out == run()
+
+
+# --- positions --------------------------------------------------------------------------------------------------------
+
+
+def short(positions=24):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 259, "n_embd": 32, "n_layer": 2, "n_head": 4, "bos_token_id": 256, "eos_token_id": 258}
+    return GPT2LMHeadModel(GPT2Config(**sizes, n_positions=positions)).eval()
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_answers_end_where_learned_positions_do(mixed):
+    """Of the model, or of the one that takes part in its draws; prompts of other lengths beside them."""
+    prompts = [PROMPTS[0], PROMPTS[1], [5] * 23]
+    how = Sampling(max_new_tokens=200, do_sample=True)
+    model, mixture = (tiny_model(), Mixture(short(), 0.5)) if mixed else (short(), None)
+    found = decode(model, prompts, how, [1, 2, 3], stop_ids=(), batch_size=2, mixture=mixture)
+    assert [len(row.ids) for row in found] == [18, 23, 1]
+    limited = decode(model, prompts, how, [1, 2, 3], stop_ids=(), batch_size=2, mixture=mixture, limits=[3, 40, 1])
+    assert [len(row.ids) for row in limited] == [3, 23, 1]
+
+
+def test_a_prompt_beyond_learned_positions_is_refused():
+    how = Sampling(max_new_tokens=2)
+    with pytest.raises(
+        ModelError, match="a prompt of 24 tokens leaves no room for an answer in the 24 positions of GPT2"
+    ):
+        decode(short(), [[5] * 24], how, [1], stop_ids=(), batch_size=2)
+    assert len(decode(tiny_model(), [[5] * 24], how, [1], stop_ids=(), batch_size=2)[0].ids) == 2

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from kdkit.api.artifacts import SignalCache
-from kdkit.api.errors import DataError, StageError, Stopped
+from kdkit.api.errors import DataError, ModelError, StageError, Stopped
 from kdkit.models.chat import ChatEncoder
 from kdkit.models.load import check_same_vocabulary, load_model, load_tokenizer, token_fingerprint, vocabulary
 from kdkit.plugins.stages.caching_ask import Questions
@@ -177,7 +177,15 @@ class _Stage:
         return [i for i, rows in enumerate(self.shards) if not writer.has(self._first + i, _keys(rows))]
 
     def work(self, teacher: Teacher) -> None:
-        """Whatever is left to do."""
+        """Whatever is left to do.
+
+        Raises:
+            ModelError: The teacher cannot read a row that is as long.
+        """
+        longest, readable = max((len(row.ids) for row in self.rows), default=0), getattr(teacher, "positions", None)
+        if readable is not None and longest > readable:
+            what = f"a row has {longest} tokens, and the teacher {readable} positions"
+            raise ModelError(what, where=f"teacher {self.params.teacher.name}", hint=f"set max_length: {readable}")
         self.start = start = self.start or self._prepare(teacher)
         writer, done, todo = self._writer(start), len(self.rows), self.missing(start)
         questions = self._questions(teacher, start.vocabulary.width)

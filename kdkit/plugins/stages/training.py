@@ -19,12 +19,13 @@ from kdkit.models.chat import ChatEncoder
 from kdkit.models.cuts import CutEncoder
 from kdkit.models.heads import verify_split
 from kdkit.models.load import check_same_vocabulary, load_model, load_tokenizer, vocabulary
+from kdkit.models.positions import positions
 from kdkit.models.save import read_provenance, save_model
 from kdkit.plugins.stages.checks import uses_teacher
 from kdkit.plugins.stages.plugin import DistillParams, OwnAnswers
 from kdkit.plugins.stages.served import check_same_teacher
 from kdkit.train.alignment import encode_aligned
-from kdkit.train.encoding import encode_rows
+from kdkit.train.encoding import encode_rows, row_limit
 from kdkit.train.loop import TrainResult, data_task, train
 from kdkit.train.objective import LossTerm
 from kdkit.train.on_policy import OnPolicy
@@ -125,8 +126,8 @@ def _train(
         shared = check_same_vocabulary(own, teacher.vocabulary)
     if teacher is not None:
         check_same_teacher(teacher, ctx)
-    positions = getattr(student.model.config, "max_position_embeddings", None), getattr(teacher, "positions", None)
-    encode = partial(_encode, encoder=encoder, reader=reader, params=params, ctx=ctx, positions=positions)
+    readable = positions(student.model.config), getattr(teacher, "positions", None)
+    encode = partial(_encode, encoder=encoder, reader=reader, params=params, ctx=ctx, readable=readable)
     precision = ctx.precision(params.precision)
     compute = torch.bfloat16 if precision == "bf16" else torch.float32
     terms = matched(_terms(params, ctx, shared), student.model, teacher, seed_for=ctx.seed_for)
@@ -139,7 +140,7 @@ def _train(
         seed=ctx.seed_for("data-order"),
         held_out=[row for component in params.eval_data or () for row in encode(component)[: params.eval_rows]],
         signals=_signals(teacher, teacher_layers(terms)),
-        on_policy=_on_policy(params, ctx, student, encoder, shared, compute),
+        on_policy=_on_policy(params, ctx, student, encoder, shared, compute, row_limit(params.max_length, readable)[0]),
     )
     if fixed is not None:
         fixed.check_rows([row for rows in (*data, task.held_out) for row in rows])
@@ -156,6 +157,7 @@ def _on_policy(
     encoder: ChatEncoder,
     shared: int | None,
     compute: torch.dtype,
+    max_length: int,
 ) -> OnPolicy | None:
     if not isinstance(params, DistillParams) or not params.on_policy:
         return None
@@ -165,7 +167,7 @@ def _on_policy(
         share=params.on_policy,
         seed=ctx.seed_for("on-policy"),
         stop_ids=stop_ids(student.model, encoder),
-        max_length=params.max_length,
+        max_length=max_length,
         compute=compute,
         vocabulary=shared,
     )
@@ -214,13 +216,13 @@ def _encode(
     reader: CutEncoder | None,
     params: TrainParams,
     ctx: StageContext,
-    positions: tuple[int | None, int | None],
+    readable: tuple[int | None, int | None],
 ) -> Sequence[Encoded]:
     """Rows of a dataset in the student's tokens, and in the teacher's own when it has a ``reader``."""
     rows, name = ctx.load(component), f"dataset {component.name}"
-    limits: dict[str, Any] = {"max_length": params.max_length, "overlong": params.overlong}
+    limits: dict[str, Any] = {"max_length": params.max_length, "overlong": params.overlong, "positions": readable}
     if reader is not None and isinstance(encoder, CutEncoder):
-        return encode_aligned(rows.examples, encoder, reader, log=ctx.log, name=name, positions=positions, **limits)
+        return encode_aligned(rows.examples, encoder, reader, log=ctx.log, name=name, **limits)
     return encode_rows(rows.examples, encoder, log=ctx.log, name=name, **limits)
 
 

@@ -13,6 +13,7 @@ from kdkit.api.data import Dense
 from kdkit.models.chat import ChatEncoder
 from kdkit.models.heads import CausalParts, split, verify_split
 from kdkit.models.load import Vocabulary, load_model, load_tokenizer, vocabulary
+from kdkit.models.positions import positions
 from kdkit.train.objective import valid_hidden
 from kdkit.train.packing import isolates, unpack
 from kdkit.train.representation import HiddenStates
@@ -60,7 +61,7 @@ class LocalTeacher:
         verify_split(self._model)
         self._parts = split(self._model)
         self._isolates = isolates(self._parts.trunk)
-        self.positions: int | None = getattr(self._model.config, "max_position_embeddings", None)
+        self.positions: int | None = positions(self._model.config)
         if not self._isolates:
             ctx.log(f"teacher {type(self._model).__name__} sees across rows that lie end to end: it gets padded rows")
         self._batch_size = params.batch_size

@@ -12,7 +12,9 @@ from torch import nn
 from torch.func import functional_call
 
 from kdkit.api.data import Completion
+from kdkit.api.errors import ModelError
 from kdkit.models.heads import split
+from kdkit.models.positions import learned_positions
 from kdkit.train.rollout.cache import PaddedRows, RaggedRows, Rows, ragged
 from kdkit.train.rollout.sampling import Mixture, cuts, next_tokens
 
@@ -146,15 +148,32 @@ def decode(
         logprobs: Whether to return log-probabilities.
         support: Whether to return the ids that top-k and top-p kept.
         on_batch: Called with the number of finished prompts when there are more.
+
+    Raises:
+        ModelError: A model with learned position embeddings cannot read a prompt and an answer; it cuts longer answers.
     """
     longest = sampling.max_new_tokens
     bounds = [longest] * len(prompts) if limits is None else [min(longest, limit) for limit in limits]
+    for reader in (model, *([mixture.model] if mixture else [])):
+        bounds = _within_positions(reader, prompts, bounds)
     jobs = [_Job(*parts) for parts in zip(prompts, seeds, bounds, strict=True)]
     support = support and cuts(sampling)
     settings = _Settings(sampling, frozenset(stop_ids), batch_size, vocabulary, mixture, logprobs, support)
     decoder = _Decoder(model, settings)
     functional_call(decoder, _cast(decoder, compute), (jobs, on_batch))
     return [Decoded(job.ids, job.logprobs, job.drawn, job.support if support else None) for job in jobs]
+
+
+def _within_positions(model: PreTrainedModel, prompts: Sequence[Sequence[int]], bounds: list[int]) -> list[int]:
+    """The bounds, as far as the model can read: beyond the table of its positions is nothing to look up."""
+    limit = learned_positions(model)
+    if limit is None:
+        return bounds
+    longest = max(map(len, prompts), default=0)
+    if longest >= limit:
+        what = f"a prompt of {longest} tokens leaves no room for an answer in the {limit} positions of"
+        raise ModelError(f"{what} {type(model).__name__}", hint="leave out long prompts")
+    return [min(bound, limit - len(prompt)) for bound, prompt in zip(bounds, prompts, strict=True)]
 
 
 @torch.no_grad()
