@@ -73,7 +73,8 @@ class TrainParams(OptimParams):
     eval_rows: int | None = Field(None, ge=1)
     """At most this many rows of each dataset of ``eval_data``."""
     metric_for_best_model: str | None = None
-    """Keep the weights that were best by this evaluation value: ``loss`` or the name of a loss; lower is better."""
+    """Keep the weights that were best by this evaluation value: ``loss`` or the name of a loss that held-out rows are
+    measured by; lower is better."""
     early_stopping_patience: int | None = Field(None, ge=1)
     """Stop after this many evaluations without a better ``metric_for_best_model``."""
 
@@ -87,7 +88,11 @@ class TrainParams(OptimParams):
             raise ValueError("metric_for_best_model needs eval_steps")
         if self.early_stopping_patience and not self.metric_for_best_model:
             raise ValueError("early_stopping_patience needs metric_for_best_model")
-        names = {"loss", *(loss.name for loss in self.losses)}
-        if self.metric_for_best_model and self.metric_for_best_model not in names:
-            raise ValueError(f"metric_for_best_model is one of {', '.join(sorted(names))}")
+        if self.metric_for_best_model and self.metric_for_best_model not in self.evaluated:
+            raise ValueError(f"metric_for_best_model is one of {', '.join(sorted(self.evaluated))}")
         return self
+
+    @property
+    def evaluated(self) -> set[str]:
+        """Names of the values that held-out rows have."""
+        return {"loss", *(loss.name for loss in self.losses)}

@@ -17,6 +17,8 @@ from kdkit.train.policy.returns import Estimator
 
 ROWS = [{"prompt": f"What is {'very ' * (i % 4)}{i} + {i}?", "completion": f"It is {2 * i}."} for i in range(40)]
 DATA = {"use": "jsonl", "source": "./rows.jsonl", "split": "train", "test_fraction": 0.2}
+EVALUATES = {"eval_data": {**DATA, "split": "test"}, "eval_steps": 1, "eval_rows": 4}
+OWN_ADVANTAGES = [{"use": "on-policy-reverse-kl"}]
 PLUGIN = '''
 from __future__ import annotations
 from kdkit import Params, hookimpl
@@ -119,7 +121,8 @@ def test_the_reverse_kl_on_its_own_answers_falls(tmp_path, models):
     {"single_step": False, "teacher_mixed_alpha": 0, "whiten": "none"},
     {"sampling": {"max_new_tokens": 8, "temperature": 1.5, "top_k": 30, "top_p": 0.9}, "parity": "code"},
     {"importance": "per-decision", "gamma": 1, "length_norm": False, "whiten": "paper", "reward_scaling": 0.5,
-     "cliprange_reward": 1.0, "losses": [{"use": "minillm", "weight": 2.0, "is_in_clip": False}]},
+     "cliprange_reward": 1.0, "losses": [{"use": "minillm", "weight": 2.0, "cliprange": 0.3}]},
+    {"importance": "token", "losses": [{"use": "minillm", "weight": 2.0, "is_in_clip": False}]},
 ])  # fmt: skip
 def test_every_form_of_it_trains(tmp_path, models, values):
     _, lines, _ = run(tmp_path, models, max_steps=4, **values)
@@ -162,13 +165,18 @@ def test_another_engine_answers_without_a_mixture(tmp_path, models):
 
 
 def test_held_out_rows_are_measured_by_the_single_step_or_the_second_stream(tmp_path, models):
-    held_out = {**DATA, "split": "test"}
-    more = {"eval_data": held_out, "max_steps": 2}
+    more = {**EVALUATES, "max_steps": 2}
     for lm, names in (({}, {"single-step"}), ({"lm_data": DATA}, {"lm/cross-entropy", "lm/forward-kl"})):
-        result = kdkit.run(recipe(tmp_path, models, **more, **lm), out=tmp_path / "runs", inline=True)
+        best = max(names)
+        file = recipe(tmp_path, models, **more, **lm, metric_for_best_model=best)
+        assert load_recipe(file).stages["own"].params.evaluated == {"loss", *names}
+        result = kdkit.run(file, out=tmp_path / "runs", inline=True)
         assert result.ok, result.error
         values = [line for line in result.stage("own").metrics() if "eval/loss" in line]
         assert {name[5:] for name in values[-1] if name.startswith("eval/")} == {"loss", *names}
+        wanted = min(values, key=lambda line: line[f"eval/{best}"])["step"]
+        facts = json.loads((result.stage("own").outputs["model"].path / "kdkit.json").read_text())
+        assert facts["best_step"] == wanted
 
 
 # --- stopping ---------------------------------------------------------------------------------------------------------
@@ -250,6 +258,30 @@ def test_a_run_that_dies_while_it_samples_goes_on_to_bitwise_the_same_weights(tm
     ({"lm_coef": 0.5}, "stages.own.lm_coef: lm_coef needs lm_data"),
     ({"losses": [{"use": "on-policy-reverse-kl"}], "eval_data": DATA}, "stages.own.eval_data: held-out rows are"),
     ({"teacher_mixed_alpha": 1.0}, "stages.own.teacher_mixed_alpha: must be less than 1"),
+    ({"losses": OWN_ADVANTAGES, "teacher_mixed_alpha": 0.5, "importance": "per-decision"},
+     "stages.own.importance: per-decision weights are part of the stage's advantages, and 'on-policy-reverse-kl'"),
+    ({"losses": [{"use": "minillm"}, *OWN_ADVANTAGES], "importance": "per-decision"},
+     "stages.own.importance: per-decision weights are part of the stage's advantages"),
+    ({**EVALUATES, "metric_for_best_model": "minillm"}, "stages.own: metric_for_best_model is one of loss, si"),
+    ({**EVALUATES, "metric_for_best_model": "single-step", "lm_data": DATA},
+     "stages.own: metric_for_best_model is one of lm/cross-entropy, lm/forward-kl, loss"),
+    ({**EVALUATES, "metric_for_best_model": "lm/cross-entropy", "lm_data": DATA, "kd_ratio": 1.0},
+     "stages.own: metric_for_best_model is one of lm/forward-kl, loss"),
+    *(({"losses": OWN_ADVANTAGES, name: value}, f"stages.own.{name}: it shapes the stage's returns, and 'on-policy-")
+      for name, value in (("gamma", 0.5), ("whiten", "none"), ("length_norm", False), ("reward_scaling", 0.5),
+                          ("cliprange_reward", 100.0))),
+    ({"losses": OWN_ADVANTAGES, "parity": "code"}, "stages.own.parity: it is about returns beside the single-step"),
+    ({"single_step": False, "parity": "paper"}, "stages.own.parity: it is about returns beside the single-step term"),
+    ({"teacher_mixed_alpha": 0, "importance": "token"}, "stages.own.importance: there is no mixture to correct for"),
+    ({"teacher_mixed_alpha": 0, "losses": [{"use": "minillm", "is_in_clip": True}]},
+     "stages.own.losses.0.is_in_clip: there is no weight to clip (teacher_mixed_alpha is 0)"),
+    ({"importance": "per-decision", "losses": [{"use": "minillm", "is_in_clip": False}]},
+     "stages.own.losses.0.is_in_clip: there is no weight to clip (per-decision weights are in the advantages)"),
+    ({"losses": [{"use": "minillm", "is_in_clip": False, "cliprange": None}]},
+     "stages.own.losses.0.is_in_clip: nothing is clipped (cliprange is null)"),
+    ({"max_length": 8},
+     "stages.own.sampling.max_new_tokens: max_length=8 leaves no prompt room for an answer of 8 tokens; raise"),
+    ({"sampling": {}, "max_length": 100}, "stages.own.sampling.max_new_tokens: max_length=100 leaves no prompt room"),
 ])  # fmt: skip
 def test_what_it_refuses_before_anything_runs(tmp_path, models, values, expected):
     (problem,) = kdkit.validate(recipe(tmp_path, models, **values))
@@ -261,9 +293,48 @@ def test_a_server_may_be_the_teacher_of_plain_sampling(tmp_path, models):
     assert kdkit.validate(recipe(tmp_path, models, teacher={"use": "remote"}, teacher_mixed_alpha=0)) == []
 
 
+@pytest.mark.parametrize("values", [
+    {"max_length": 9},
+    {"max_length": 8, "overlong": "truncate"},
+    {"losses": [{"use": "minillm"}, *OWN_ADVANTAGES], "gamma": 0.5, "whiten": "none", "importance": "token"},
+    {"losses": OWN_ADVANTAGES, "teacher_mixed_alpha": 0.5, "importance": "token"},
+    {**EVALUATES, "metric_for_best_model": "loss"},
+])  # fmt: skip
+def test_what_it_does_not_refuse(tmp_path, models, values):
+    assert kdkit.validate(recipe(tmp_path, models, **values)) == []
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory) -> Path:
+    """A model with 64 learned position embeddings."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"vocab_size": 259, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    root = tmp_path_factory.mktemp("short")
+    GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=256, eos_token_id=258)).save_pretrained(root)
+    tiny_tokenizer().save_pretrained(root)
+    return root
+
+
+@pytest.mark.parametrize("whose", ["student", "teacher"])
+def test_prompts_and_answers_stay_within_the_positions_of_both_models(tmp_path, models, short, whose):
+    """Without a mixture the teacher only reads; that is as bad."""
+    given = {"model": str(short)} if whose == "student" else {"teacher": {"use": "local", "model": str(short)}}
+    given |= {"sampling": {"max_new_tokens": 200}, "teacher_mixed_alpha": 0, "max_steps": 1, "lm_data": DATA}
+    result = kdkit.run(recipe(tmp_path, models, **given), out=tmp_path / "runs", inline=True)
+    assert f"leaves room for 200 tokens of an answer within the {whose}'s 64 positions; the" in str(result.error)
+    assert "max_length" not in str(result.error)
+    _, lines, _ = run(tmp_path, models, **given, overlong="truncate")
+    # The shortest prompt has 14 tokens.
+    assert 20 < lines[0]["train/answer_tokens"] <= 50
+
+
 def test_prompts_without_room_are_left_out_or_answered_shortly(tmp_path, models):
     result = kdkit.run(recipe(tmp_path, models, max_length=20), out=tmp_path / "runs", inline=True)
-    assert "is so short that max_length=20 leaves 8 tokens for an answer; the shortest has 14" in str(result.error)
+    expected = (
+        "leaves room for 8 tokens of an answer within max_length=20; the shortest has 14 tokens; raise max_length"
+    )
+    assert expected in str(result.error)
     _, lines, _ = run(tmp_path, models, max_length=20, overlong="truncate", max_steps=1)
     assert 0 < lines[0]["train/answer_tokens"] < 6
 
@@ -283,9 +354,10 @@ def test_another_vocabulary_is_refused(tmp_path, models, tmp_path_factory):
     ({"losses": [{"use": "on-policy-reverse-kl"}]}, {"single_step_decomposition": False, "alpha": 0.0}),
     ({"losses": [{"use": "on-policy-reverse-kl"}], "teacher_mixed_alpha": 0.5},
      {"single_step_decomposition": False, "alpha": 0.5}),
-    ({"teacher_mixed_alpha": 0.0, "gamma": 1.0, "length_norm": False, "whiten": "paper", "reward_scaling": 0.5,
+    ({"teacher_mixed_alpha": 0.0}, {"alpha": 0.0}),
+    ({"teacher_mixed_alpha": 0.3, "gamma": 1.0, "length_norm": False, "whiten": "paper", "reward_scaling": 0.5,
       "cliprange_reward": 100.0, "importance": "per-decision", "parity": "code"},
-     {"alpha": 0.0, "gamma": 1.0, "length_normalization": False, "whiten": "paper", "reward_scaling": 0.5,
+     {"alpha": 0.3, "gamma": 1.0, "length_normalization": False, "whiten": "paper", "reward_scaling": 0.5,
       "cliprange_reward": 100.0, "importance": "per-decision", "parity": "code"}),
 ])  # fmt: skip
 def test_every_parameter_of_the_estimate_arrives(tmp_path, models, values, changes):

@@ -14,11 +14,13 @@ from kdkit.api.errors import DataError, StageError
 from kdkit.api.protocols import RolloutModel
 from kdkit.models.chat import ChatEncoder
 from kdkit.models.load import check_same_vocabulary, vocabulary
+from kdkit.models.positions import positions
+from kdkit.plugins.stages.minillm_plugin import makes_advantages
 from kdkit.plugins.stages.served import check_same_teacher
 from kdkit.plugins.stages.training import Student, load_student, save_student, stop_where_trained
 from kdkit.train.batching import DataOrder
 from kdkit.train.divergences import forward_kl, log_classes, reverse_kl
-from kdkit.train.encoding import encode_rows
+from kdkit.train.encoding import encode_rows, row_limit
 from kdkit.train.loop import Task, train
 from kdkit.train.objective import LossTerm
 from kdkit.train.policy.buffer import RolloutBuffer
@@ -67,6 +69,11 @@ class _Stage:
     teacher: Teacher
     shared: int
 
+    @property
+    def readable(self) -> tuple[int | None, int | None]:
+        """How many tokens student and teacher can read."""
+        return positions(self.student.model.config), getattr(self.teacher, "positions", None)
+
     def run(self) -> Model:
         params, ctx, student = self.params, self.ctx, self.student
         encoder = ChatEncoder(student.tokenizer)
@@ -74,7 +81,7 @@ class _Stage:
         stop_where_trained(student.model, encoder)
         precision = ctx.precision(params.precision)
         compute = torch.bfloat16 if precision == "bf16" else torch.float32
-        rows = partial(_rows, encoder=encoder, params=params, ctx=ctx)
+        rows = partial(_rows, encoder=encoder, params=params, ctx=ctx, readable=self.readable)
         streams = [self._own(encoder, compute), *self._lm(rows)]
         held_out = [row for component in params.eval_data or () for row in rows(component)[: params.eval_rows]]
         with without_dropout(student.model):
@@ -85,7 +92,7 @@ class _Stage:
     def _own(self, encoder: ChatEncoder, compute: torch.dtype) -> Stream:
         """The student's own answers."""
         params, ctx, model = self.params, self.ctx, self.student.model
-        prompts = [_prompts(component, encoder, params, ctx) for component in params.data]
+        prompts = [_prompts(component, encoder, params, ctx, self.readable) for component in params.data]
         weights = [component.weight for component in params.data]
         rollouts = MiniLLMRollouts(
             model=model,
@@ -107,7 +114,7 @@ class _Stage:
             ),
             estimator=estimator_of(params),
             log=ctx.log,
-            reads_teacher=any(_reads_teacher(loss) for loss in params.losses),
+            reads_teacher=any(makes_advantages(loss) for loss in params.losses),
         )
         buffer = RolloutBuffer(
             rollouts.make,
@@ -189,10 +196,6 @@ class _Stage:
         return decoded
 
 
-def _reads_teacher(loss: Any) -> bool:
-    return "teacher" in loss.found.spec.policy_needs_of(loss.params)
-
-
 def estimator_of(params: MiniLLMStageParams) -> Estimator:
     """What the parameters say about rewards, returns and weights."""
     return Estimator(
@@ -210,33 +213,41 @@ def estimator_of(params: MiniLLMStageParams) -> Estimator:
 
 
 def _prompts(
-    component: Component[DatasetLoader], encoder: ChatEncoder, params: MiniLLMStageParams, ctx: StageContext
+    component: Component[DatasetLoader],
+    encoder: ChatEncoder,
+    params: MiniLLMStageParams,
+    ctx: StageContext,
+    readable: tuple[int | None, int | None],
 ) -> list[Prompt]:
     """Prompts that leave room for an answer; those that do not are counted."""
     examples, longest = ctx.load(component).examples, params.sampling.max_new_tokens
     least = longest if params.overlong == "drop" else 1
+    limit, bound = row_limit(params.max_length, readable)
     made = [(example.id, tuple(encoder.prompt(example))) for example in examples]
-    kept = [
-        Prompt(name, ids, min(longest, params.max_length - len(ids)))
-        for name, ids in made
-        if params.max_length - len(ids) >= least
-    ]
+    kept = [Prompt(name, ids, min(longest, limit - len(ids))) for name, ids in made if limit - len(ids) >= least]
     where, lost = f"dataset {component.name}", len(made) - len(kept)
-    room = f"max_length={params.max_length} leaves {least} tokens for an answer"
+    room = f"room for {least} tokens of an answer within {bound}"
     if not kept:
         shortest = min((len(ids) for _, ids in made), default=0)
+        hints = ["lower sampling.max_new_tokens", "set overlong: truncate"][: 2 if least > 1 else 0]
+        hints = hints if limit < params.max_length else ["raise max_length", *hints]
         raise DataError(
-            f"no prompt of {len(made)} is so short that {room}; the shortest has {shortest} tokens",
+            f"no prompt of {len(made)} leaves {room}; the shortest has {shortest} tokens",
             where=where,
-            hint="raise max_length, lower sampling.max_new_tokens, or set overlong: truncate",
+            hint=" or ".join(hints) or "use shorter prompts",
         )
     if lost:
-        ctx.log(f"{where}: {len(kept)} of {len(made)} prompts kept; the others are too long, where {room}")
+        ctx.log(f"{where}: {len(kept)} of {len(made)} prompts kept; the others leave no {room}")
     return kept
 
 
 def _rows(
-    component: Component[DatasetLoader], *, encoder: ChatEncoder, params: MiniLLMStageParams, ctx: StageContext
+    component: Component[DatasetLoader],
+    *,
+    encoder: ChatEncoder,
+    params: MiniLLMStageParams,
+    ctx: StageContext,
+    readable: tuple[int | None, int | None],
 ) -> list[Encoded]:
     """Rows of data with their answers."""
     return encode_rows(
@@ -246,6 +257,7 @@ def _rows(
         overlong=params.overlong,
         log=ctx.log,
         name=f"dataset {component.name}",
+        positions=readable,
     )
 
 

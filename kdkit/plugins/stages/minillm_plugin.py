@@ -81,7 +81,8 @@ class MiniLLMStageParams(TrainParams):
     """Rewards are cut to plus and minus this afterwards; the original has 100."""
     importance: Literal["token", "per-decision"] = "token"
     """Weights that correct for the mixture: of a token alone, as published, which is biased, or the products that make
-    the gradient exact, whose variance grows with the length."""
+    the gradient exact, whose variance grows with the length. The products are part of the advantages, so that losses
+    which make their own (``on-policy-reverse-kl``) take ``token`` only."""
     parity: Literal["paper", "code"] = "paper"
     """Beside the single-step term, returns leave a token's own reward to it (``paper``), or count it again as the
     authors' code does, where the term has no importance weight (``code``)."""
@@ -116,9 +117,17 @@ class MiniLLMStageParams(TrainParams):
         """Whether the sampling leaves tokens out."""
         return self.sampling.top_k > 0 or self.sampling.top_p < 1.0
 
+    @property
+    def evaluated(self) -> set[str]:
+        """Names of the values that held-out rows have: those of the last stream's token losses."""
+        if self.lm_data is None:
+            return {"loss", *(["single-step"] if self.decomposes else [])}
+        shares = {"lm/cross-entropy": 1 - self.kd_ratio, "lm/forward-kl": self.kd_ratio}
+        return {"loss", *(name for name, share in shares.items() if share)}
+
 
 def _check(params: MiniLLMStageParams) -> list[Problem]:
-    return [*_losses(params), *_sampling(params), *_teacher(params), *_streams(params)]
+    return [*_losses(params), *_sampling(params), *_teacher(params), *_streams(params), *_unused(params)]
 
 
 def _losses(params: MiniLLMStageParams) -> Iterator[Problem]:
@@ -135,6 +144,38 @@ def _losses(params: MiniLLMStageParams) -> Iterator[Problem]:
             yield where, f"'{loss.name}' appears twice"
     if params.single_step and not params.minillm_weight:
         yield ("single_step",), "it goes with the loss minillm; others count a token's own reward already"
+    own = [loss.name for loss in params.losses if makes_advantages(loss)]
+    if own and params.alpha and params.importance == "per-decision":
+        what = f"per-decision weights are part of the stage's advantages, and '{own[0]}' makes its own"
+        yield ("importance",), f"{what}; use importance: token, or the loss minillm alone"
+
+
+def makes_advantages(loss: Any) -> bool:
+    """Whether a policy loss makes its advantages itself, of the teacher's log-probabilities."""
+    return "teacher" in loss.found.spec.policy_needs_of(loss.params)
+
+
+def _unused(params: MiniLLMStageParams) -> Iterator[Problem]:
+    """What is set and does nothing."""
+    if all(makes_advantages(loss) for loss in params.losses):
+        name = params.losses[0].name
+        for field in ("gamma", "length_norm", "whiten", "reward_scaling", "cliprange_reward"):
+            if field in params.model_fields_set:
+                yield (field,), f"it shapes the stage's returns, and '{name}' makes its own advantages"
+    if "parity" in params.model_fields_set and not params.decomposes:
+        yield ("parity",), "it is about returns beside the single-step term, and there is none"
+    if "importance" in params.model_fields_set and not params.alpha:
+        yield ("importance",), "there is no mixture to correct for (teacher_mixed_alpha is 0)"
+    for index, loss in enumerate(params.losses):
+        given: Any = loss.params
+        if loss.name != _METHOD or "is_in_clip" not in given.model_fields_set:
+            continue
+        where = ("losses", index, "is_in_clip")
+        if not params.alpha or params.importance == "per-decision":
+            why = "per-decision weights are in the advantages" if params.alpha else "teacher_mixed_alpha is 0"
+            yield where, f"there is no weight to clip ({why})"
+        elif given.cliprange is None:
+            yield where, "nothing is clipped (cliprange is null)"
 
 
 def _sampling(params: MiniLLMStageParams) -> Iterator[Problem]:
@@ -144,6 +185,10 @@ def _sampling(params: MiniLLMStageParams) -> Iterator[Problem]:
         yield ("num_rollouts",), f"{params.num_rollouts} is no multiple of the {batch} rows of a step ({rows})"
     if not params.sampling.do_sample:
         yield ("sampling", "do_sample"), "a policy gradient needs sampled answers; greedy ones teach nothing"
+    longest = params.sampling.max_new_tokens
+    if params.overlong == "drop" and longest >= params.max_length:
+        room = f"max_length={params.max_length} leaves no prompt room for an answer of {longest} tokens"
+        yield ("sampling", "max_new_tokens"), f"{room}; raise max_length, lower this, or set overlong: truncate"
     engine: Any = params.rollout
     if engine.found.spec.mixes:
         return
