@@ -247,6 +247,43 @@ def test_scaled_rewards_scale_the_gradient():
     torch.testing.assert_close(got, 2 * exact(places, student, teacher), rtol=1e-10, atol=1e-13)
 
 
+def test_beside_the_single_step_scaled_rewards_scale_the_sampled_part_only():
+    places = world(5, 3)
+    student, teacher = table(0, places, 5), table(100, places, 5)
+    got = expected(places, student, teacher, plain(reward_scaling=0.5, single_step_decomposition=True))
+    leaf = student.clone().requires_grad_()
+    drawn = places.logprobs(student).sum(1).exp()
+    step = torch.autograd.grad((drawn * single_step(places, leaf, teacher, None)).sum(), leaf)[0]
+    whole = exact(places, student, teacher)
+    torch.testing.assert_close(got, step + 2 * (whole - step), rtol=1e-10, atol=1e-13)
+    best = (got * whole).sum() / whole.square().sum()
+    assert (got - best * whole).norm() > 0.05 * (best * whole).norm(), "no multiple of the gradient"
+
+
+def test_per_decision_weights_do_not_reach_a_loss_that_makes_its_own_advantages():
+    """They are in the stage's advantages, so that nothing would correct for the mixture: the stage refuses the two."""
+    places = world(5, 1)
+    student, teacher = table(0, places, 5), table(100, places, 5)
+    loss = kdkit.build("loss", "on-policy-reverse-kl")
+    wanted, errors = exact(places, student, teacher), {}
+    for importance in ("token", "per-decision"):
+        leaf = student.clone().requires_grad_()
+        log_q, log_p = places.logprobs(leaf), places.logprobs(teacher)
+        drawn = (0.5 * log_q.exp() + 0.5 * log_p.exp()).detach().prod(1)
+        found = plain(alpha=0.5, importance=importance)(log_p, log_q, places.mask)
+        more = {"teacher_logprobs": log_p, "importance_weights": found.importance_weights}
+        values = loss(inputs(places, log_q, found.advantages, **more)).per_token
+        got = torch.autograd.grad((drawn * values.sum(1)).sum(), leaf)[0]
+        errors[importance] = float((got - wanted).norm() / wanted.norm())
+    assert errors["token"] < 1e-12
+    assert errors["per-decision"] > 0.5
+
+
+def test_an_exact_weight_is_of_no_use_when_the_single_step_counts_twice():
+    settings = plain(alpha=0.2, importance="per-decision", single_step_decomposition=True, parity="code")
+    assert gap(settings) > 0.5
+
+
 @pytest.mark.parametrize("alpha", [0.0, 0.3])
 def test_on_policy_reverse_kl_is_the_gradient_of_the_visited_states(alpha):
     """A weight per token is exact here but for which states the mixture visits."""

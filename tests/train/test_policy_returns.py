@@ -202,6 +202,19 @@ def test_parity_is_about_the_single_step_only():
 def test_what_is_not_finite_is_refused():
     teacher, old, mask = sample()
     teacher[0, 1] = -math.inf
-    with pytest.raises(StageError, match="cliprange_reward"):
+    with pytest.raises(
+        StageError, match=r"rules out a token that was sampled; set cliprange_reward and single_step: false$"
+    ):
         Estimator()(teacher, old, mask)
+    with pytest.raises(StageError, match=r"rules out a token that was sampled; set cliprange_reward$"):
+        Estimator(single_step_decomposition=False)(teacher, old, mask)
     assert torch.isfinite(Estimator(cliprange_reward=100.0)(teacher, old, mask).advantages).all()
+
+
+def test_products_of_weights_that_overflow_are_refused():
+    """A hundredfold per token, 200 times."""
+    old, teacher = torch.zeros(1, 200, dtype=torch.float64), torch.full((1, 200), -1000.0, dtype=torch.float64)
+    mask = torch.ones(1, 200, dtype=torch.bool)
+    with pytest.raises(StageError, match=r"products of importance weights overflow; use importance: token$"):
+        Estimator(alpha=0.99, importance="per-decision")(teacher, old, mask)
+    assert torch.isfinite(Estimator(alpha=0.99)(teacher, old, mask).advantages).all()

@@ -40,7 +40,8 @@ SumRanks: TypeAlias = "Callable[[Tensor], Tensor]"
 
 _EPSILON: Final = 1e-8
 RULED_OUT: Final = "an advantage is not finite: the teacher rules out a token that was sampled"
-"""What is wrong with a log-probability of -inf under the teacher."""
+"""What is wrong with a log-probability of -inf under the teacher. The single-step term is infinite then as well,
+whatever bounds the rewards."""
 
 
 def _one_rank(sums: Tensor) -> Tensor:
@@ -223,11 +224,16 @@ class Estimator:
         )
         advantages = whiten(returns, mask, self.whiten, width=self.width, sum_ranks=sum_ranks)
         if not bool(torch.isfinite(advantages).all()):
-            raise StageError(
-                f"{RULED_OUT}, or products of importance weights overflow",
-                hint="set cliprange_reward, or use importance: token",
-            )
+            raise self._not_finite(own)
         return Estimate(advantages, *self._weights(weights, mask), own)
+
+    def _not_finite(self, own: Tensor) -> StageError:
+        if bool(torch.isfinite(own).all()):
+            return StageError(
+                "an advantage is not finite: products of importance weights overflow", hint="use importance: token"
+            )
+        more = " and single_step: false" if self.single_step_decomposition else ""
+        return StageError(RULED_OUT, hint=f"set cliprange_reward{more}")
 
     def _weights(self, weights: Tensor | None, mask: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Importance weights of the policy loss, and weights of the single-step term."""

@@ -84,7 +84,7 @@ class MiniLLMRollouts:
             rows = self.scorer(rows)
         old, teacher, mask = _padded([row.old_logprobs for row in rows], [row.teacher_logprobs or () for row in rows])
         if self.reads_teacher and not bool(torch.isfinite(teacher).all()):
-            raise StageError(RULED_OUT, hint="use the loss minillm alone, with cliprange_reward")
+            raise StageError(RULED_OUT, hint="use the loss minillm alone, with cliprange_reward and single_step: false")
         estimate = self.estimator(teacher, old, mask)
         facts = self._measured(decoded, seconds, rows) | _credited(teacher, old, mask, estimate, self.estimator.alpha)
         ends = [place for place, answer in enumerate(decoded) if answer.ids[-1] in self.stop_ids]
