@@ -2,7 +2,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal, get_args, get_origin
+
+import pytest
+from pydantic import BaseModel
 
 from kdkit.host import Catalog
 
@@ -36,3 +42,59 @@ def test_recipe_schema_is_in_sync():
 
     written = json.loads((ROOT / "docs" / "recipe.schema.json").read_text(encoding="utf-8"))
     assert written == json.loads(json.dumps(recipe_schema(Catalog.discover(disable=["*"])))), "run: make docs"
+
+
+# --- pages of methods -------------------------------------------------------------------------------------------------
+
+
+def params_of(model: type[BaseModel]) -> Iterator[tuple[str, object]]:
+    """Names and types of the parameters of a component, those of nested settings (``sampling``) included."""
+    for name, field in model.model_fields.items():
+        yield name, field.annotation
+        for inner in (field.annotation, *get_args(field.annotation)):
+            if isinstance(inner, type) and issubclass(inner, BaseModel):
+                yield from params_of(inner)
+
+
+def known_to(page: str, text: str) -> tuple[dict[str, list[object]], set[str]]:
+    """Parameters of the stage the page is about and of the components it names; names that may stand alone."""
+    entries = Catalog.discover(disable=["*"]).entries()
+    about = [entry for entry in entries if entry.name == page or (entry.kind == "loss" and f"`{entry.name}`" in text)]
+    assert any(entry.name == page for entry in about), f"{page}.md is about no component"
+    params: dict[str, list[object]] = {}
+    for entry in about:
+        for name, annotation in params_of(entry.spec.params):
+            params.setdefault(name, []).append(annotation)
+    values = {str(value) for annotations in params.values() for a in annotations for value in literals(a)}
+    return params, {*params, *values, *(entry.name for entry in entries), *logged(page)}
+
+
+def literals(annotation: object) -> tuple[object, ...]:
+    """What a parameter may be, where that is a short list; of a union, of all its members."""
+    if get_origin(annotation) is Literal:
+        return get_args(annotation)
+    if annotation is bool:
+        return (True, False)
+    return tuple(value for inner in get_args(annotation) for value in literals(inner))
+
+
+def logged(page: str) -> set[str]:
+    """Names of values that a training by policy logs."""
+    assert page == "minillm", "say where the values that this method logs are named"
+    return set(re.findall(r'"([a-z_]+)"', (ROOT / "kdkit/train/policy/rollouts.py").read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize("page", sorted(file.stem for file in (ROOT / "docs" / "methods").glob("*.md")))
+def test_pages_of_methods_name_parameters_and_values_that_exist(page):
+    text = (ROOT / "docs" / "methods" / f"{page}.md").read_text(encoding="utf-8")
+    params, alone = known_to(page, text)
+    spans = re.findall(r"`([^`\n]+)`", text)
+    named = [span for span in spans if re.fullmatch(r"[a-z][a-z0-9_-]*", span)]
+    settings = [found.groups() for span in spans if (found := re.fullmatch(r"([a-z0-9_]+): (\S+)", span))]
+    assert len(named) > 20
+    assert len(settings) > 10
+    assert {name for name in named if name not in alone} <= {"true", "false"}
+    assert [name for name, _ in settings if name not in params] == []
+    for name, value in settings:
+        allowed = [str(v).lower() if isinstance(v, bool) else str(v) for a in params[name] for v in literals(a)]
+        assert not allowed or value in allowed, f"{name}: {value}"
