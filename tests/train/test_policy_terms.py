@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from policy_rows import END, Clip, make_completions, plain
@@ -363,3 +364,29 @@ def test_a_loss_that_breaks_its_contract_is_named(values, message):
 def test_a_policy_loss_without_completions_is_refused():
     with pytest.raises(ConformanceError, match="loss clip: a policy loss needs completions of the student's own"):
         CausalObjective(tiny_model(), [policy(Clip())])(collate(make_completions(2)), None, 1.0)
+
+
+# --- kept ids ---------------------------------------------------------------------------------------------------------
+
+
+def test_kept_ids_are_those_of_every_token_in_four_bytes_each():
+    given = [[5, 9], [], [150_000], [0, 1, 2]]
+    kept = KeptIds.of(given)
+    assert len(kept) == 4
+    assert [kept[token].tolist() for token in range(4)] == given
+    assert kept[-1].tolist() == given[-1]
+    assert (kept.ids.dtype, kept.ids.nbytes) == (np.int32, 4 * 6)
+    assert (kept.offsets.dtype, kept.offsets.tolist()) == (np.int64, [0, 2, 2, 3, 6])
+    with pytest.raises(IndexError):
+        kept[4]
+    assert len(KeptIds.of([])) == 0
+    assert KeptIds.of([kept[token] for token in range(4)]) == kept
+
+
+def test_kept_ids_are_equal_where_every_token_has_the_same():
+    kept = KeptIds.of([[1, 2], [3]])
+    for other in ([[1, 2], [4]], [[1], [2, 3]], [[1, 2]], [[1, 2], [3], []]):
+        assert kept != KeptIds.of(other)
+        assert len({kept, KeptIds.of(other)}) == 2
+    assert len({kept, KeptIds.of(((1, 2), (3,)))}) == 1
+    assert kept != [[1, 2], [3]]
