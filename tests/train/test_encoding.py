@@ -7,7 +7,10 @@ from kdkit.models.chat import ChatEncoder
 from kdkit.testing.tiny import tiny_tokenizer
 from kdkit.train.encoding import encode_rows, row_limit
 
-ROWS = [Example("short", "2?", "2."), Example("long", "2?", "It is two, and two it is.")]
+ROWS = [
+    Example(id="short", prompt="2?", completion="2."),
+    Example(id="long", prompt="2?", completion="It is two, and two it is."),
+]
 
 
 def encoded(rows=ROWS, *, positions=(None, None), overlong="drop", max_length=100):
