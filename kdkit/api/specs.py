@@ -83,7 +83,8 @@ class LossSpec(Spec[P]):
         policy_needs: What a policy loss must find in its inputs besides the student's log-probabilities, advantages and
             weights: ``teacher`` (``teacher_logprobs``) and ``reference`` (``ref_logprobs``), which take another model;
             or a function of the parameters that says it. What is not declared is None. (A loss that reads the entropy
-            says so by its attribute ``wants_entropy``.)
+            says so by its attribute ``wants_entropy``.) The stage ``minillm`` takes a loss that needs ``teacher`` to
+            make its advantages of that, and to read no others.
     """
 
     kind: ClassVar[str] = "loss"
