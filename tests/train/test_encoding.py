@@ -29,7 +29,7 @@ def test_the_least_of_all_bounds_counts(positions, expected):
     assert row_limit(100, positions) == expected
 
 
-@pytest.mark.parametrize(("side", "whose"), enumerate(["student", "teacher"]))
+@pytest.mark.parametrize(("side", "whose"), [(0, "student"), (1, "teacher")])
 def test_rows_stay_within_the_positions_of_both_models(side, whose):
     (short, long), logs = encoded()
     assert logs == []
