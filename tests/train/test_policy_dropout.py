@@ -74,3 +74,10 @@ def test_the_dropout_is_back_after_an_error():
     with pytest.raises(RuntimeError, match=r"0\.0 0\.0"):
         fails()
     assert (model.transformer.drop.p, model.config.attn_pdrop) == (0.3, 0.3)
+
+
+def test_a_switch_is_no_probability():
+    model = tiny_model()
+    model.drops_last = True
+    with without_dropout(model):
+        assert model.drops_last is True

@@ -12,6 +12,7 @@ from kdkit.api import ConformanceError, PolicyLossOutput, TopK
 from kdkit.plugins.losses.token import ReverseKL, cross_entropy
 from kdkit.testing.tiny import tiny_model
 from kdkit.train.batching import collate, micro_batches
+from kdkit.train.blocks import _part
 from kdkit.train.objective import CausalObjective, LossTerm
 from kdkit.train.packing import pack
 from kdkit.train.policy import terms as policy_terms
@@ -210,6 +211,30 @@ def test_a_token_without_a_weight_cannot_poison_the_others(reason, topk):
             found.append((total, {name: p.grad.clone() for name, p in model.named_parameters()}))
         assert found[0][0] != 0
         assert_same(found[1], found[0], rtol=1e-6)
+
+
+def test_a_loss_is_never_asked_about_no_token():
+    """Blocks of a completion that does not count have nothing left."""
+    rows, seen = make_completions(), []
+    rows[0] = replace(rows[0], counts=False)
+
+    def loss(x):
+        seen.append(len(x.labels))
+        return ReverseKL()(x)
+
+    gradients(
+        tiny_model(), rows, [LossTerm("reverse-kl", 1.0, loss)], size=1, layout="left", teacher=tiny_model(seed=1)
+    )
+    assert seen
+    assert 0 not in seen
+
+
+def test_a_part_of_a_signal_has_all_that_it_says():
+    signal = TopK(torch.arange(8).view(4, 2), torch.randn(4, 2), tail_mass=torch.rand(4), taken=torch.randn(4))
+    for which in (slice(1, 3), torch.tensor([0, 3])):
+        part = _part(signal, which)
+        for name in ("ids", "logprobs", "tail_mass", "taken"):
+            assert torch.equal(getattr(part, name), getattr(signal, name)[which]), name
 
 
 class AsTopK:
