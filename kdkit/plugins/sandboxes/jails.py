@@ -14,7 +14,7 @@ from kdkit.api.errors import EnvironmentUnmet
 from kdkit.plugins.sandboxes.inside.task import Config
 from kdkit.plugins.sandboxes.places import Interpreter, SessionDir, interpreter, reachable
 
-__all__ = ["BubblewrapJail", "Jail", "LandlockJail", "Launch", "find_bwrap", "launcher", "threads_of"]
+__all__ = ["JAIL_ENVIRONMENT", "BubblewrapJail", "Jail", "LandlockJail", "Launch", "find_bwrap", "launcher", "threads_of"]
 
 _BOOT: Final = "import sys; sys.path.insert(0, sys.argv[2]); from inside.zygote import main; main(*sys.argv[1:3])"
 _DEVICES: Final = ("null", "zero", "full", "random", "urandom")
@@ -27,6 +27,8 @@ _ENVIRONMENT: Final = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
 }
+JAIL_ENVIRONMENT: Final = frozenset({*_ENVIRONMENT, "LD_LIBRARY_PATH", "PWD"})
+"""Names of all variables that a program may find."""
 # Init of the jail, fork server, init of the program's namespace.
 _OWN_PROCESSES: Final = 3
 _HEADROOM: Final = 128

@@ -20,7 +20,7 @@ from kdkit.plugins.sandboxes.jails import Jail
 from kdkit.plugins.sandboxes.places import SessionDir
 from kdkit.plugins.sandboxes.worker import Worker, WorkerFailed
 
-__all__ = ["Session", "default_workers"]
+__all__ = ["Session", "default_workers", "unusable"]
 
 _MIB: Final = 2**20
 _BOX_BYTES: Final = 16 * _MIB
@@ -62,6 +62,11 @@ class Session:
         except WorkerFailed as error:
             self.close()
             raise EnvironmentUnmet(str(error), where=f"sandbox {jail.name}") from error
+
+    @property
+    def workers(self) -> int:
+        """Programs at a time."""
+        return len(self._workers)
 
     def run(self, jobs: Sequence[SandboxJob], /) -> Sequence[SandboxOutcome]:
         """One outcome per job, in order.
@@ -122,7 +127,7 @@ class Session:
 
     def _judge(self, slot: int, job: SandboxJob) -> tuple[SandboxOutcome, bool]:
         """The outcome, and whether the program was starved."""
-        problem = _unusable(job)
+        problem = unusable(job)
         if problem:
             return SandboxOutcome(status="infra-error", reason=problem), False
         outcome, again = SandboxOutcome(status="infra-error"), False
@@ -216,7 +221,7 @@ class Session:
             self._place.remove()
 
 
-def _unusable(job: SandboxJob) -> str:
+def unusable(job: SandboxJob) -> str:
     """Why the judge's own part of a job cannot be used; empty when it can."""
     for name in job.files:
         if not name or name in {".", ".."} or "/" in name or "\0" in name or len(name.encode(errors="replace")) > 255:

@@ -26,7 +26,8 @@ Status = Literal[
 ]
 
 _NEARLY: Final = 0.95
-_STARVED: Final = (0.25, 0.9)
+_PREEMPTED: Final = 10
+_SHARE: Final = 0.9
 
 
 def status_of(reply: Reply, limits: SandboxLimits, *, output_bytes: int, stderr_tail: bytes) -> Status:
@@ -62,9 +63,8 @@ def _out_of_memory(stderr_tail: bytes) -> bool:
 
 
 def starved(reply: Reply, limits: SandboxLimits) -> bool:
-    """Killed at the wall limit while it computed: on a busy machine another try alone may tell something else.
+    """Killed at the wall limit while it waited for a core: another try, alone, may tell something else.
 
-    A program that sleeps uses next to no CPU time; one that got all it asked for has used its limit.
+    A program that sleeps is hardly ever preempted, and one that got its share has used it.
     """
-    low, high = _STARVED
-    return reply.late and low * reply.wall_s < reply.cpu_s < min(limits.cpu_s, high * reply.wall_s)
+    return reply.late and reply.preempted >= _PREEMPTED and reply.cpu_s < min(limits.cpu_s, _SHARE * reply.wall_s)

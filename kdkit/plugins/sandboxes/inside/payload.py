@@ -10,6 +10,7 @@ import json
 import linecache
 import os
 import random
+import signal
 import sys
 import threading
 from importlib.abc import InspectLoader
@@ -148,6 +149,9 @@ def _finish(code: int) -> int:
 
 
 def _execute(task: Task, job: dict[str, object], box: str) -> None:
+    # The interpreter ignores these, which a program executed from it would inherit.
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):
+        signal.signal(number, signal.SIG_DFL)
     try:
         if task.kind == "compile":
             arguments = [str(argument) for argument in job["arguments"]]  # type: ignore[attr-defined]

@@ -46,6 +46,7 @@ def run(config: Config, task: Task, descriptors: list[int]) -> Reply | None:
         exit_code=code if code >= 0 else None,
         signal=-code if code < 0 else None,
         late=late,
+        preempted=usage.ru_nivcsw,
         wall_s=wall,
         cpu_s=usage.ru_utime + usage.ru_stime,
         memory_bytes=usage.ru_maxrss * 1024,

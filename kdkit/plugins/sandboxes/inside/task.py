@@ -73,12 +73,14 @@ class Reply:
         state: ``ran``, ``no-compile`` (it is not Python), or ``failed``: the confinement could not be set up.
         exit_code: None when a signal ended it.
         late: It was killed at the wall limit.
+        preempted: How often it had to give up a core while it wanted to go on.
     """
 
     state: Literal["ran", "no-compile", "failed"]
     exit_code: int | None = None
     signal: int | None = None
     late: bool = False
+    preempted: int = 0
     wall_s: float = 0.0
     cpu_s: float = 0.0
     memory_bytes: int = 0
