@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import Any, cast
 
 from kdkit.api.errors import EnvironmentUnmet, ExitCode
+from kdkit.api.protocols import SandboxReport
+from kdkit.api.specs import SandboxSpec
 from kdkit.cli.output import emit, emit_json, table, visible
 from kdkit.host import Catalog, Entry, plugin_errors
-
-if TYPE_CHECKING:
-    from kdkit.api.protocols import SandboxReport
 
 __all__ = ["check_sandboxes"]
 
@@ -49,15 +48,13 @@ def check_sandboxes(name: str | None, *, as_json: bool) -> int:
 
 
 def _probe(entry: Entry) -> SandboxReport:
-    from kdkit.api.protocols import SandboxReport
-
     found = entry.found()
+    spec = cast("SandboxSpec[Any]", found.spec)
     with plugin_errors(found):
         try:
-            report: SandboxReport = found.spec.build(found.spec.params()).probe()
+            return spec.build(spec.params()).probe()
         except EnvironmentUnmet as error:
             return SandboxReport(usable=False, reason=error.what, hint=error.hint or "")
-    return report
 
 
 def _text(checked: list[_Checked]) -> str:

@@ -19,14 +19,17 @@ from kdkit.api import SandboxJob, SandboxLimits, SandboxOutcome
 from kdkit.plugins.sandboxes.providers import bubblewrap, landlock
 
 sys.path.insert(0, str(Path(__file__).parent))
-from hostile_programs import CPP, EXACT, PYTHON, Hostile
+from hostile_programs import CPP, EXACT, HEAD, PYTHON, Hostile
 
 LIMITS = SandboxLimits(wall_s=3.0, cpu_s=1.0, memory_bytes=192 * 2**20, output_bytes=2**18, processes=8)
 PROVIDERS = {"bubblewrap": bubblewrap, "landlock": landlock}
 TOKEN = "canary5f3a"
 HONEST = {
     "python": ("a, b = map(int, input().split())\nprint(a + b)", "python"),
-    "cpp": ("#include <iostream>\nint main() { int a, b; std::cin >> a >> b; std::cout << a + b << std::endl; }", "cpp"),
+    "cpp": (
+        "#include <iostream>\nint main() { int a, b; std::cin >> a >> b; std::cout << a + b << std::endl; }",
+        "cpp",
+    ),
 }
 PLACES = ("/", "/tmp", "/var/tmp", "/dev/shm", "/usr/lib", "/etc", str(Path.home()), str(Path.cwd()))
 
@@ -150,7 +153,7 @@ def main(provider: str, language: str) -> list[str]:
         try:
             jobs = []
             for program in programs:
-                given = world.given() if program.source.startswith("\nimport json") else ""
+                given = world.given() if program.source.startswith(HEAD) else ""
                 jobs += [
                     SandboxJob(program=world.filled(program.source), language=kind, stdin=given),
                     honest,
@@ -159,7 +162,9 @@ def main(provider: str, language: str) -> list[str]:
             for program, outcome, after in zip(programs, outcomes[::2], outcomes[1::2], strict=True):
                 problems += wrong(program, outcome)
                 if (after.status, after.stdout) != ("ok", "42\n"):
-                    problems.append(f"after {program.name}: {after.status} {after.stdout!r} {after.reason} {after.stderr!r}")
+                    problems.append(
+                        f"after {program.name}: {after.status} {after.stdout!r} {after.reason} {after.stderr!r}"
+                    )
         finally:
             session.close()
         problems += world.harm()

@@ -14,7 +14,16 @@ from kdkit.api.errors import EnvironmentUnmet
 from kdkit.plugins.sandboxes.inside.task import Config
 from kdkit.plugins.sandboxes.places import Interpreter, SessionDir, interpreter, reachable
 
-__all__ = ["JAIL_ENVIRONMENT", "BubblewrapJail", "Jail", "LandlockJail", "Launch", "find_bwrap", "launcher", "threads_of"]
+__all__ = [
+    "JAIL_ENVIRONMENT",
+    "BubblewrapJail",
+    "Jail",
+    "LandlockJail",
+    "Launch",
+    "find_bwrap",
+    "launcher",
+    "threads_of",
+]
 
 _BOOT: Final = "import sys; sys.path.insert(0, sys.argv[2]); from inside.zygote import main; main(*sys.argv[1:3])"
 _DEVICES: Final = ("null", "zero", "full", "random", "urandom")
@@ -74,7 +83,7 @@ class BubblewrapJail:
     """Namespaces: an own file system, process table and network per fork server, and most of it per program again."""
 
     name = "bubblewrap"
-    isolates = (
+    isolates: tuple[str, ...] = (
         "files",
         "writes",
         "network",
@@ -121,8 +130,8 @@ class BubblewrapJail:
         environment = {**_ENVIRONMENT, "LD_LIBRARY_PATH": f"{prefix}/lib"}
         argv = (
             str(_within_reach(self._binary(), place, uid)),
-            # No --die-with-parent: it would end the jail with the judge's thread that started it. The fork server notices
-            # the judge's end by itself, and the init named on this descriptor is killed when it does not.
+            # No --die-with-parent: it would end the jail with the judge's thread that started it. The fork server
+            # notices the judge's end by itself; when it does not, the init named on this descriptor is killed.
             *("--info-fd", str(info)),
             *("--unshare-all", "--new-session", "--cap-add", "CAP_SYS_ADMIN", "--hostname", "box"),
             *_file_system(place, None if found.system else (str(source), prefix)),
@@ -139,11 +148,11 @@ def _file_system(place: SessionDir, python: tuple[str, str] | None) -> tuple[str
     for name in ("bin", "sbin", "lib", "lib32", "lib64", "libx32"):
         path = Path("/", name)
         if path.is_symlink():
-            arguments += ["--symlink", os.readlink(path), str(path)]
+            arguments += ["--symlink", str(path.readlink()), str(path)]
         elif path.is_dir():
             arguments += ["--ro-bind", str(path), str(path)]
-    for path in ("/etc/ld.so.cache", "/etc/alternatives"):
-        arguments += ["--ro-bind-try", path, path]
+    for file in ("/etc/ld.so.cache", "/etc/alternatives"):
+        arguments += ["--ro-bind-try", file, file]
     if python is not None:
         arguments += ["--ro-bind", *python]
     arguments += ["--ro-bind", str(place.code), "/kdkit"]
@@ -188,7 +197,18 @@ class LandlockJail:
     """Landlock and the system call filter: for containers, which let nobody make namespaces."""
 
     name = "landlock"
-    isolates = ("files", "writes", "network", "signals", "environment", "system calls", "memory", "cpu", "output", "forks")
+    isolates: tuple[str, ...] = (
+        "files",
+        "writes",
+        "network",
+        "signals",
+        "environment",
+        "system calls",
+        "memory",
+        "cpu",
+        "output",
+        "forks",
+    )
 
     def check(self) -> None:
         """See :meth:`Jail.check`."""
@@ -221,7 +241,7 @@ def threads_of(uid: int) -> int:
     for process in Path("/proc").iterdir():
         try:
             if process.name.isdigit() and process.stat().st_uid == uid:
-                count += len(os.listdir(process / "task"))
+                count += sum(1 for _ in (process / "task").iterdir())
         except OSError:
             continue
     return count

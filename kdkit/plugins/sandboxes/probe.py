@@ -21,7 +21,9 @@ from kdkit.plugins.sandboxes.session import Session
 __all__ = ["probe", "remembered"]
 
 _CONTAINER: Final = "in a container use the sandbox landlock, or start it with a seccomp profile that allows namespaces"
-_APPARMOR: Final = "allow user namespaces for bwrap in AppArmor, or sysctl kernel.apparmor_restrict_unprivileged_userns=0"
+_APPARMOR: Final = (
+    "allow user namespaces for bwrap in AppArmor, or sysctl kernel.apparmor_restrict_unprivileged_userns=0"
+)
 _LANDLOCK: Final = "Linux 5.13 with landlock among the security modules (kernel parameter lsm=)"
 _PYTHON: Final = "use a Python that every user may read, or run as an ordinary user"
 # What the tools say when they fail, in the order in which it is looked for.
@@ -88,15 +90,21 @@ def _path(jail: Jail) -> Path:
 
 
 def _surroundings() -> str:
-    """Everything that decides whether the canaries live: boot, kernel, container, user, interpreter, tool, this code."""
+    """What decides whether the canaries live: boot, kernel, container, user, interpreter, tool, this code."""
     code = hashlib.sha256()
     for path in sorted(Path(__file__).parent.rglob("*.py")):
         code.update(path.read_bytes())
-    facts = [_text("/proc/sys/kernel/random/boot_id"), platform.release(), code.hexdigest(), sys.base_prefix, sys.version]
+    facts = [
+        _text("/proc/sys/kernel/random/boot_id"),
+        platform.release(),
+        code.hexdigest(),
+        sys.base_prefix,
+        sys.version,
+    ]
     facts += [str(os.geteuid())]
     for namespace in ("user", "mnt", "pid", "net"):
         with contextlib.suppress(OSError):
-            facts.append(os.readlink(f"/proc/self/ns/{namespace}"))
+            facts.append(str(Path(f"/proc/self/ns/{namespace}").readlink()))
     facts += [line for line in _text("/proc/self/status").splitlines() if line.startswith(("Cap", "Seccomp:", "NoNew"))]
     if (bwrap := find_bwrap()) is not None:
         facts += [str(bwrap), str(bwrap.stat().st_mtime_ns)]

@@ -15,6 +15,7 @@ from kdkit.api.errors import EnvironmentUnmet, StageError
 from kdkit.api.protocols import SandboxJob, SandboxLimits, SandboxOutcome
 from kdkit.plugins.sandboxes import verdicts
 from kdkit.plugins.sandboxes.compiler import COMPILE, Binary, BinaryCache, command, executable_file, find_compiler
+from kdkit.plugins.sandboxes.inside.payload import SCRIPT
 from kdkit.plugins.sandboxes.inside.task import Reply, Task, read_all
 from kdkit.plugins.sandboxes.jails import Jail
 from kdkit.plugins.sandboxes.places import SessionDir
@@ -226,6 +227,8 @@ def unusable(job: SandboxJob) -> str:
     for name in job.files:
         if not name or name in {".", ".."} or "/" in name or "\0" in name or len(name.encode(errors="replace")) > 255:
             return f"{name!r} is no file name"
+        if name == SCRIPT:
+            return f"{name!r} is the program's own name"
     size = sum(len(text.encode(errors="surrogatepass")) for text in job.files.values())
     return f"files of {size} bytes; at most {_FILES_BYTES}" if size > _FILES_BYTES else ""
 

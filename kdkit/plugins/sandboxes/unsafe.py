@@ -58,7 +58,7 @@ class UnsafeLocal:
 
     def open(self, limits: SandboxLimits, /) -> UnsafeSession:
         """A session; says so on stderr."""
-        print("warning: sandbox unsafe-local: programs run as you, without any isolation", file=sys.stderr)  # noqa: T201
+        print("warning: sandbox unsafe-local: programs run as you, without any isolation", file=sys.stderr)
         return UnsafeSession(limits, self._workers)
 
 
@@ -128,8 +128,10 @@ class UnsafeSession:
             size = max(os.fstat(out.fileno()).st_size, os.fstat(err.fileno()).st_size)
             tail = os.pread(err.fileno(), _STDERR_BYTES, max(0, os.fstat(err.fileno()).st_size - _STDERR_BYTES))
             status = verdicts.status_of(reply, limits, output_bytes=size, stderr_tail=tail)
-            if argv[0] == sys.executable and status == "runtime-error" and tail.rstrip().rpartition(b"\n")[2].startswith(
-                b"SyntaxError"
+            if (
+                argv[0] == sys.executable
+                and status == "runtime-error"
+                and tail.rstrip().rpartition(b"\n")[2].startswith(b"SyntaxError")
             ):
                 status = "compile-error"
             text = os.pread(out.fileno(), limits.output_bytes, 0)
@@ -140,7 +142,13 @@ class UnsafeSession:
         environment = {"PATH": os.defpath, "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}
         started = time.monotonic()
         process = subprocess.Popen(
-            argv, stdin=streams[0], stdout=streams[1], stderr=streams[2], cwd=box, env=environment, start_new_session=True
+            argv,
+            stdin=streams[0],
+            stdout=streams[1],
+            stderr=streams[2],
+            cwd=box,
+            env=environment,
+            start_new_session=True,
         )
         with self._lock:
             self._running.add(process.pid)

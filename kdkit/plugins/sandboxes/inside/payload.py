@@ -7,7 +7,6 @@ from __future__ import annotations
 import atexit
 import gc
 import json
-import linecache
 import os
 import random
 import signal
@@ -19,12 +18,12 @@ from types import CodeType, ModuleType
 from .confine import confine
 from .task import Config, Task, read_all
 
-__all__ = ["become"]
+__all__ = ["NO_COMPILE", "NO_EXECUTE", "READY", "SCRIPT", "become"]
 
 READY, NO_COMPILE, NO_EXECUTE = b"R", b"C", b"X"
+SCRIPT = "main.py"
 _STATUS = 3
 _EXTRA = 4
-_SCRIPT = "main.py"
 _ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "MALLOC_ARENA_MAX": "2", "OMP_NUM_THREADS": "1"}
 
 
@@ -59,7 +58,7 @@ def become(config: Config, task: Task, descriptors: list[int], status: int) -> N
         _execute(task, job, config.box)
     finally:
         if not ready:
-            sys.__excepthook__(*sys.exc_info())  # type: ignore[arg-type]
+            sys.__excepthook__(*sys.exc_info())
             sys.stderr.flush()
         os._exit(125)
 
@@ -75,14 +74,17 @@ def _arrange(descriptors: list[int], status: int, box: str) -> dict[str, object]
         os.dup2(descriptor, place, inheritable=place < _STATUS)
     os.closerange(len(kept), 4096)
     os.chdir(box)
-    for name, text in job["files"].items():
+    files = dict(job["files"])
+    if "program" in job:
+        files[SCRIPT] = job["program"]  # for tracebacks, which quote it
+    for name, text in files.items():
         with open(name, "x", encoding="utf-8", errors="surrogatepass", newline="") as file:
             file.write(text)
     return dict(job)
 
 
 def _interpret(source: object, box: str) -> None:
-    path = f"{box}/{_SCRIPT}"
+    path = f"{box}/{SCRIPT}"
     program = None
     try:
         program = _Program(str(source), path)
@@ -96,9 +98,8 @@ def _interpret(source: object, box: str) -> None:
     module.__spec__ = None
     module.__dict__.update(__file__=path, __builtins__=__builtins__)
     sys.modules["__main__"] = module
-    sys.argv = [_SCRIPT]
+    sys.argv = [SCRIPT]
     sys.path.insert(0, box)
-    linecache.cache[path] = (len(program.get_source("")), None, program.get_source("").splitlines(keepends=True), path)
     random.seed(0)
     gc.enable()
     _run(program, module)
@@ -141,8 +142,9 @@ def _finish(code: int) -> int:
     threading._shutdown()  # type: ignore[attr-defined]  # noqa: SLF001 - as the interpreter does at its end
     atexit._run_exitfuncs()  # noqa: SLF001
     try:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None and not stream.closed:
+                stream.flush()
     except (OSError, ValueError, AttributeError):
         return code or 120
     return code

@@ -7,6 +7,7 @@ import os
 import select
 import signal
 import time
+from typing import Literal
 
 from .payload import NO_COMPILE, NO_EXECUTE, READY, become
 from .task import Config, Reply, Task
@@ -53,7 +54,7 @@ def run(config: Config, task: Task, descriptors: list[int]) -> Reply | None:
     )
 
 
-def _state(said: bytes) -> str:
+def _state(said: bytes) -> Literal["ran", "no-compile", "failed"]:
     if not said.startswith(READY) or NO_EXECUTE in said:
         return "failed"
     return "no-compile" if NO_COMPILE in said else "ran"

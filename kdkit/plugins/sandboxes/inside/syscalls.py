@@ -7,8 +7,13 @@ from typing import Final
 
 __all__ = ["ALLOWED", "ARCHITECTURES", "CONDITIONAL", "FATAL", "FORKING", "OWN", "number"]
 
+
+def _entries(table: str) -> tuple[str, ...]:
+    return tuple(table.split())
+
+
 # name:x86-64:aarch64; - where the architecture has no such call.
-ALLOWED: Final = """
+ALLOWED: Final = _entries("""
 read:0:63 write:1:64 readv:19:65 writev:20:66 pread64:17:67 pwrite64:18:68 preadv:295:69 pwritev:296:70
 preadv2:327:286 pwritev2:328:287 open:2:- openat:257:56 creat:85:- close:3:57 close_range:436:436 stat:4:-
 fstat:5:80 lstat:6:- newfstatat:262:79 statx:332:291 access:21:- faccessat:269:48 faccessat2:439:439 readlink:89:-
@@ -33,37 +38,35 @@ sched_yield:24:124 sched_getaffinity:204:123 sched_getparam:143:121 sched_getsch
 sched_get_priority_max:146:125 sched_get_priority_min:147:126 sched_rr_get_interval:148:127 exit:60:93
 exit_group:231:94 recvfrom:45:207 recvmsg:47:212 sendto:44:206 sendmsg:46:211 shutdown:48:210 getsockopt:55:209
 getsockname:51:204
-""".split()
+""")
 """Harmless with any argument."""
-FORKING: Final = """
+FORKING: Final = _entries("""
 fork:57:- vfork:58:- wait4:61:260 waitid:247:95 chmod:90:- fchmod:91:52 fchmodat:268:53 utimensat:280:88
-""".split()
+""")
 """What a compiler needs on top."""
-CONDITIONAL: Final = """
+CONDITIONAL: Final = _entries("""
 fcntl:72:25 ioctl:16:29 prctl:157:167 prlimit64:302:261 kill:62:129 tgkill:234:131 rt_sigqueueinfo:129:138
 rt_tgsigqueueinfo:297:240 socketpair:53:199 clone:56:220 clone3:435:435 execve:59:221 execveat:322:281
-""".split()
+""")
 """Depends on the arguments."""
-FATAL: Final = """
+FATAL: Final = _entries("""
 ptrace:101:117 process_vm_readv:310:270 process_vm_writev:311:271 bpf:321:280 kexec_load:246:104
 kexec_file_load:320:294 init_module:175:105 finit_module:313:273 delete_module:176:106 quotactl:179:60
 reboot:169:142
-""".split()
+""")
 """No honest program makes these: the process is killed."""
-OWN: Final = """
+OWN: Final = _entries("""
 seccomp:317:277 unshare:272:97 setns:308:268 mount:165:40 umount2:166:39 capset:126:91
 landlock_create_ruleset:444:444 landlock_add_rule:445:445 landlock_restrict_self:446:446 pidfd_open:434:434
 pivot_root:155:41
-""".split()
+""")
 """What the sandbox itself calls before the filter is there."""
 
 ARCHITECTURES: Final = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 """Machine to its column above and to AUDIT_ARCH_*, which the kernel hands to the filter."""
 
 _NUMBERS: Final = {
-    name: numbers
-    for entry in (*ALLOWED, *FORKING, *CONDITIONAL, *FATAL, *OWN)
-    for name, *numbers in [entry.split(":")]
+    name: numbers for entry in (*ALLOWED, *FORKING, *CONDITIONAL, *FATAL, *OWN) for name, *numbers in [entry.split(":")]
 }
 
 

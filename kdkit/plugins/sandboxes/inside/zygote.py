@@ -28,12 +28,12 @@ HELLO: Final = b"ready"
 _DESCRIPTORS: Final = 5
 _PR_SET_CHILD_SUBREAPER: Final = 36
 # What programs for contests import: loading it once here is most of the speed of a fork server.
-_IMPORTS: Final = (
-    "abc array ast bisect calendar cmath collections collections.abc contextlib copy csv ctypes dataclasses datetime "
-    "decimal enum fractions functools hashlib heapq inspect io itertools json locale math numbers operator pathlib "
-    "platform pprint queue random re resource select shutil signal socket statistics string struct tempfile textwrap "
-    "threading time timeit traceback types typing unicodedata uuid warnings weakref zlib"
-).split()
+_IMPORTS: Final = """
+abc array ast bisect calendar cmath collections collections.abc contextlib copy csv ctypes dataclasses datetime
+decimal enum fractions functools hashlib heapq inspect io itertools json locale math numbers operator pathlib
+platform pprint queue random re resource select shutil signal socket statistics string struct tempfile textwrap
+threading time timeit traceback types typing unicodedata uuid warnings weakref zlib
+"""
 
 
 def main(text: str, own_path: str) -> None:
@@ -46,7 +46,7 @@ def main(text: str, own_path: str) -> None:
     config = Config(**json.loads(text))
     sys.path.remove(own_path)
     sys.dont_write_bytecode = True
-    for name in _IMPORTS:
+    for name in _IMPORTS.split():
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
     _builtins()
@@ -79,7 +79,9 @@ def _serve(config: Config, control: socket.socket, own: int) -> bool:
         return False
     task = Task(**json.loads(message))
     try:
-        reply = _in_namespaces(config, task, descriptors, own) if config.namespaces else _here(config, task, descriptors)
+        reply = (
+            _in_namespaces(config, task, descriptors, own) if config.namespaces else _here(config, task, descriptors)
+        )
     except OSError as error:
         reply = Reply(state="failed", reason=str(error))
     finally:
