@@ -10,7 +10,7 @@ import secrets
 import socket
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -83,12 +83,14 @@ for pid in (int(input()), 1, -1):
         pass
 """
 _TRACES: Final = "import ctypes; ctypes.CDLL(None).ptrace(16, 1, 0, 0); print('traced')"
+_PLACES: Final = (".", "/tmp", "/dev/shm", "/box")  # noqa: S108
 _LEAVES: Final = """
 import sys
-sys.modules["left"] = sys
-for place in (".", "/tmp", "/dev/shm", "/box"):
+name = input()
+sys.modules[name] = sys
+for place in sys.stdin.read().split():
     try:
-        with open(f"{place}/left-by-canary", "w") as file:
+        with open(f"{place}/{name}", "w") as file:
             file.write("left")
     except OSError:
         pass
@@ -96,10 +98,11 @@ print("done")
 """
 _FINDS: Final = """
 import os, sys
-if "left" in sys.modules:
+name = input()
+if name in sys.modules:
     print("found a module")
-for place in (".", "/tmp", "/dev/shm", "/box"):
-    if os.path.exists(f"{place}/left-by-canary"):
+for place in sys.stdin.read().split():
+    if os.path.exists(f"{place}/{name}"):
         print("found a file in", place)
 """
 
@@ -144,7 +147,7 @@ def _canaries(secret: Path, server: socket.socket) -> Iterator[_Canary]:
     yield _Canary("cpu limit", "while True: pass", _is("timeout"))
     yield _Canary("wall limit", "import time; time.sleep(60)", _is("timeout"))
     yield _Canary("memory limit", f"bytearray({1024 * _MIB})", _is("memory"))
-    yield _Canary("output limit", f"print('x' * {8 * _MIB})", _is("output-limit"))
+    yield _Canary("output limit", f"print('x' * {8 * _MIB})", _cut_short)
     yield _Canary("unread input", "print('fine')", _says("fine\n"), "x" * _MIB)
     secrets_of_host = (secret, f"/proc/{own}/environ", f"/proc/{own}/cmdline", "/etc/passwd", "/etc/hostname")
     yield _Canary("files", _OPENS, _SILENT, "\n".join(map(str, secrets_of_host)))
@@ -155,6 +158,11 @@ def _canaries(secret: Path, server: socket.socket) -> Iterator[_Canary]:
     yield _Canary("forks", _FORKS, _SILENT)
     yield _Canary("signals", _SIGNALS, _SILENT, str(own))
     yield _Canary("system calls", _TRACES, _is("security-violation"))
+
+
+def _cut_short(outcome: SandboxOutcome) -> bool:
+    """Stopped while it wrote, not judged afterwards by what it had written."""
+    return outcome.status == "output-limit" and outcome.exit_code != 0
 
 
 def _only_known_variables(outcome: SandboxOutcome) -> bool:
@@ -204,9 +212,14 @@ def _reached(canary: SandboxCanary) -> SandboxCanary:
 
 def _isolation_between(session: Session) -> Sequence[SandboxCanary]:
     """What one program leaves behind must not be there for the next, on every fork server."""
-    first = session.run([SandboxJob(program=_LEAVES)] * session.workers)
-    second = session.run([SandboxJob(program=_FINDS)] * session.workers)
-    canary = _Canary("next program", _FINDS, _SILENT)
+    name = f"kdkit-canary-{secrets.token_hex(8)}"
+    stdin = "\n".join([name, *_PLACES])
+    first = session.run([SandboxJob(program=_LEAVES, stdin=stdin)] * session.workers)
+    second = session.run([SandboxJob(program=_FINDS, stdin=stdin)] * session.workers)
+    for place in _PLACES:
+        # Where the sandbox leaks, it leaked into this machine.
+        with suppress(OSError):
+            Path(place, name).unlink()
     found = [_found(_Canary("next program", _LEAVES, _says("done\n")), outcome) for outcome in first]
-    found += [_found(canary, outcome) for outcome in second]
+    found += [_found(_Canary("next program", _FINDS, _SILENT), outcome) for outcome in second]
     return [next((item for item in found if not item.passed), found[-1])]
