@@ -22,7 +22,8 @@ from kdkit.plugins.sandboxes.providers import bubblewrap, landlock
 sys.path.insert(0, str(Path(__file__).parent))
 from hostile_programs import CPP, EXACT, HEAD, PYTHON, Hostile
 
-LIMITS = SandboxLimits(wall_s=3.0, cpu_s=1.0, memory_bytes=192 * 2**20, output_bytes=2**18, processes=8)
+# Two programs sleep; all others end by themselves or by the CPU limit, also on a busy machine.
+LIMITS = SandboxLimits(wall_s=8.0, cpu_s=1.0, memory_bytes=128 * 2**20, output_bytes=2**18, processes=8)
 PROVIDERS = {"bubblewrap": bubblewrap, "landlock": landlock}
 TOKEN = "canary5f3a"
 HONEST = {
