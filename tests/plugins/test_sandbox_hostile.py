@@ -23,8 +23,8 @@ def directory() -> Iterator[Path]:
     shutil.rmtree(path)
 
 
-def hostile_run(prefix: list[str], provider: str, language: str) -> dict:
-    command = [sys.executable, *prefix, str(HERE / "hostile_run.py"), provider, language]
+def started(prefix: list[str], program: str, *arguments: str) -> dict:
+    command = [sys.executable, *prefix, str(HERE / program), *arguments]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(["", *sys.path]).strip(os.pathsep)}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -44,7 +44,7 @@ def test_hostile_programs_get_their_verdict_and_nothing_else(provider, language)
     need(provider)
     if language == "cpp" and not shutil.which("g++", path="/usr/bin"):
         pytest.skip("no g++")
-    found = hostile_run([], provider, language)
+    found = started([], "hostile_run.py", provider, language)
     assert found == {"uid": os.getuid(), "problems": []}
 
 
@@ -59,6 +59,22 @@ def test_hostile_programs_started_by_an_ordinary_user(provider, language, direct
     probe = subprocess.run(["unshare", "-m", "true"], capture_output=True, text=True, check=False)
     if probe.returncode:
         pytest.skip(f"no mount namespace, with which a user is given the interpreter: {probe.stderr.strip()}")
-    found = hostile_run([str(HERE / "as_user.py"), str(directory)], provider, language)
+    found = started([str(HERE / "as_user.py"), str(directory)], "hostile_run.py", provider, language)
     assert found["uid"] != 0
     assert found["problems"] == []
+
+
+def test_in_a_container_auto_takes_landlock(directory):
+    need("landlock")
+    prefix = []
+    if os.getuid() == 0:
+        probe = subprocess.run(["unshare", "-m", "true"], capture_output=True, text=True, check=False)
+        if probe.returncode:
+            pytest.skip(f"no mount namespace, with which a user is given the interpreter: {probe.stderr.strip()}")
+        prefix = [str(HERE / "as_user.py"), str(directory)]
+    found = started(prefix, "container_run.py")
+    usable, reason, hint = found["bubblewrap"]
+    assert not usable
+    assert "landlock" in hint or "pip install" in hint, (reason, hint)
+    assert found["chosen"] == "landlock"
+    assert found["outcomes"] == ["ok", "1\n", "runtime-error"]

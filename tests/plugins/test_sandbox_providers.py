@@ -113,7 +113,8 @@ def test_bwrap_that_is_missing(monkeypatch):
         ("bwrap: setting up uid map: Permission denied", "AppArmor"),
         ("bwrap: loopback: Failed RTM_NEWADDR: Operation not permitted", "AppArmor"),
         ("bwrap: No permissions to create new namespace", "landlock"),
-        ("this kernel has no Landlock, or it is switched off", "lsm="),
+        ("this kernel has no Landlock of version 3, or it is switched off", "lsm="),
+        ("only root can reach the interpreter in /root/x, and mounting is not allowed here (unshare)", "Python"),
         ("something else", "kdkit sandbox check"),
     ],
 )
@@ -170,8 +171,9 @@ def test_no_call_stands_in_two_groups():
     }
 
 
-def test_landlock_rules_need_a_kernel_that_has_it(monkeypatch):
-    monkeypatch.setattr(landlock_rules, "abi", lambda: 0)
+@pytest.mark.parametrize("version", [0, 2])
+def test_landlock_rules_need_a_kernel_that_can_forbid_truncating(version, monkeypatch):
+    monkeypatch.setattr(landlock_rules, "abi", lambda: version)
     with pytest.raises(OSError, match="no Landlock"):
         landlock_rules.restrict([])
 

@@ -24,15 +24,16 @@ _CONTAINER: Final = "in a container use the sandbox landlock, or start it with a
 _APPARMOR: Final = (
     "allow user namespaces for bwrap in AppArmor, or sysctl kernel.apparmor_restrict_unprivileged_userns=0"
 )
-_LANDLOCK: Final = "Linux 5.13 with landlock among the security modules (kernel parameter lsm=)"
+_LANDLOCK: Final = "Linux 6.2 or later with landlock among the security modules (kernel parameter lsm=)"
 _PYTHON: Final = "use a Python that every user may read, or run as an ordinary user"
 # What the tools say when they fail, in the order in which it is looked for.
 _HINTS: Final = (
+    ("interpreter", _PYTHON),
     ("uid map", _APPARMOR),
     ("RTM_NEWADDR", _APPARMOR),
     ("amespace", _CONTAINER),
     ("unshare", _CONTAINER),
-    ("mount", _PYTHON),
+    ("mount", _CONTAINER),
     ("Landlock", _LANDLOCK),
     ("landlock", _LANDLOCK),
 )

@@ -96,10 +96,11 @@ class Session:
     def _deal(self, jobs: Sequence[SandboxJob]) -> dict[int, tuple[SandboxOutcome, bool]]:
         waiting = iter(self._compile_first(jobs))
         lock = threading.Lock()
+        over = threading.Event()
         found: dict[int, tuple[SandboxOutcome, bool]] = {}
 
         def work(slot: int) -> None:
-            while True:
+            while not over.is_set():
                 with lock:
                     index = next(waiting, None)
                 if index is None:
@@ -108,8 +109,12 @@ class Session:
 
         threads = min(len(self._workers), len(jobs))
         with ThreadPoolExecutor(max(1, threads)) as pool:
-            for done in [pool.submit(work, slot) for slot in range(threads)]:
-                done.result()
+            try:
+                for done in [pool.submit(work, slot) for slot in range(threads)]:
+                    done.result()
+            finally:
+                # After an interrupt the programs that run are the last ones.
+                over.set()
         return found
 
     def _compile_first(self, jobs: Sequence[SandboxJob]) -> Iterator[int]:

@@ -1,4 +1,7 @@
-"""Landlock: file access by path for this process and all it starts, without any privilege (Linux >= 5.13)."""
+"""Landlock: file access by path for this process and all it starts, without any privilege (Linux >= 6.2).
+
+Earlier versions (Linux 5.13) cannot keep a program from truncating what its user may write, so that they do not count.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +30,7 @@ _FOR_FILES: Final = _EXECUTE | _WRITE_FILE | _READ_FILE | _TRUNCATE | _IOCTL_DEV
 
 # What each version of the interface added to the rights over files.
 _FILE_RIGHTS: Final = {1: (1 << 13) - 1, 2: 1 << 13, 3: _TRUNCATE, 5: _IOCTL_DEV}
+_NEEDED: Final = 3
 _NETWORK_SINCE: Final = 4
 _SCOPES_SINCE: Final = 6
 _NETWORK: Final = 0b11  # bind and connect over TCP
@@ -56,8 +60,8 @@ def restrict(rules: Iterable[tuple[str, int]]) -> None:
         OSError: The kernel has no Landlock, or refused.
     """
     version = abi()
-    if version < 1:
-        raise OSError(errno.ENOSYS, "this kernel has no Landlock, or it is switched off")
+    if version < _NEEDED:
+        raise OSError(errno.ENOSYS, f"this kernel has no Landlock of version {_NEEDED}, or it is switched off")
     handled = sum(rights for since, rights in _FILE_RIGHTS.items() if version >= since)
     fields = [handled]
     if version >= _NETWORK_SINCE:

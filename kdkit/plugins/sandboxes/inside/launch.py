@@ -31,7 +31,11 @@ def main(text: str) -> None:
     os.chdir("/")
     os.umask(0o077)
     if plan["bind"]:
-        _bind(*plan["bind"])
+        try:
+            _bind(*plan["bind"])
+        except OSError as error:
+            what = f"only root can reach the interpreter in {plan['bind'][0]}, and mounting is not allowed here"
+            raise PermissionError(error.errno, f"{what} ({error})") from error
     if plan["uid"] is not None:
         uid = int(plan["uid"])
         os.setgroups([])

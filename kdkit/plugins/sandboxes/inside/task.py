@@ -14,6 +14,7 @@ from typing import Literal
 __all__ = ["MESSAGE_BYTES", "Config", "Reply", "Task", "read_all"]
 
 MESSAGE_BYTES = 4096
+_REASON = 400  # characters, of up to six bytes each in JSON
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,8 @@ class Reply:
     reason: str = ""
 
     def to_json(self) -> bytes:
-        """The message to the judge."""
-        return json.dumps(asdict(self)).encode()
+        """The message to the judge, which is never longer than a message may be."""
+        return json.dumps({**asdict(self), "reason": self.reason[:_REASON]}).encode()
 
 
 def read_all(descriptor: int, limit: int | None = None) -> bytes:
