@@ -150,6 +150,7 @@ def test_auto_fails_closed():
 def test_the_filter_exists_for_both_architectures(monkeypatch):
     lengths = set()
     for machine in syscalls.ARCHITECTURES:
+        seccomp.assembled.cache_clear()
         monkeypatch.setattr(seccomp.os, "uname", lambda machine=machine: type("U", (), {"machine": machine}))
         program = seccomp.build(forks=False, executes=False)
         assert len(program) % 8 == 0
@@ -157,9 +158,18 @@ def test_the_filter_exists_for_both_architectures(monkeypatch):
         lengths.add(len(program))
         assert len(seccomp.build(forks=True, executes=True)) > len(program)
     assert len(lengths) == 2
+    seccomp.assembled.cache_clear()
     monkeypatch.setattr(seccomp.os, "uname", lambda: type("U", (), {"machine": "vax"}))
     with pytest.raises(KeyError):
         seccomp.build(forks=False, executes=False)
+
+
+def test_the_filter_names_its_own_process(monkeypatch):
+    monkeypatch.setattr(seccomp.os, "getpid", lambda: 0x12345678)
+    program = seccomp.build(forks=False, executes=False)
+    # kill, tgkill, two that queue a signal, and prlimit64
+    assert program.count((0x12345678).to_bytes(4, sys.byteorder)) == 5
+    assert seccomp._SOMEBODY.to_bytes(4, sys.byteorder) not in program
 
 
 def test_no_call_stands_in_two_groups():

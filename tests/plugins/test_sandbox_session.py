@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -287,6 +288,28 @@ def test_a_fork_server_killed_in_the_middle_is_no_verdict(session, monkeypatch):
     assert outcome.reason
     assert len(tries) == 3
     assert run(session, "print(2)").stdout == "2\n"
+
+
+def test_a_judge_without_descriptors_gives_no_verdict(session, monkeypatch):
+    def none_left(*_):
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(session_module.os, "memfd_create", none_left)
+        outcome = run(session, "print(1)")
+    assert (outcome.status, outcome.reason) == ("infra-error", "[Errno 24] Too many open files")
+    assert run(session, "print(1)").status == "ok"
+
+
+def test_a_compiler_that_got_no_core_is_no_compile_error(session, monkeypatch):
+    if not shutil.which("g++", path="/usr/bin"):
+        pytest.skip("no g++")
+    late = Reply("ran", None, signal.SIGKILL, late=True, preempted=99, wall_s=40.0)
+    job = SandboxJob(program="int main() { return 0; } // starved", language="cpp")
+    with monkeypatch.context() as patch:
+        patch.setattr(session_module.Worker, "run", lambda *_: late)
+        assert session.run([job])[0].status == "infra-error"
+    assert session.run([job])[0].status == "ok"
 
 
 def test_fork_servers_are_renewed(session, monkeypatch):

@@ -140,8 +140,9 @@ class Session:
         for _ in range(_ATTEMPTS):
             try:
                 outcome, again = self._attempt(slot, job)
-            except WorkerFailed as error:
-                outcome = SandboxOutcome(status="infra-error", reason=str(error))
+            except (WorkerFailed, OSError) as error:
+                # OSError: this process is out of descriptors or memory.
+                outcome, again = SandboxOutcome(status="infra-error", reason=str(error)), False
             if outcome.status != "infra-error":
                 break
             self._retire(slot)
@@ -189,7 +190,9 @@ class Session:
                 reply = self._worker(slot).run(COMPILE, [*streams.all, result])
                 bounds = SandboxLimits(cpu_s=COMPILE.cpu_s, memory_bytes=COMPILE.memory_bytes)
                 outcome = streams.outcome(reply, bounds)
-        except WorkerFailed:
+            if verdicts.starved(reply, bounds):
+                outcome = SandboxOutcome(status="infra-error", reason="the compiler waited too long for a core")
+        except (WorkerFailed, OSError):
             os.close(result)
             raise
         if outcome.status == "ok" and os.fstat(result).st_size:

@@ -8,6 +8,7 @@ filter cannot look): the C library falls back to ``clone``, whose flags decide w
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import struct
 from collections.abc import Iterable
@@ -15,7 +16,7 @@ from typing import Final
 
 from .syscalls import ALLOWED, ARCHITECTURES, FATAL, FORKING, number
 
-__all__ = ["build"]
+__all__ = ["assembled", "build"]
 
 _LOAD: Final = 0x20  # BPF_LD | BPF_W | BPF_ABS
 _EQUAL: Final = 0x15  # BPF_JMP | BPF_JEQ | BPF_K
@@ -47,8 +48,19 @@ _IOCTL: Final = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
 _PRCTL: Final = (15, 16, 0x53564D41)
 
 
+# Stands for the process id in a filter that was assembled before there was one.
+_SOMEBODY: Final = 0x5A17_C0DE
+
+
 def build(*, forks: bool, executes: bool) -> bytes:
-    """The filter for this process, as BPF instructions.
+    """The filter for this process, as BPF instructions. See :func:`assembled`."""
+    own, somebody = struct.pack("=I", os.getpid()), struct.pack("=I", _SOMEBODY)
+    return assembled(forks=forks, executes=executes).replace(somebody, own)
+
+
+@functools.cache
+def assembled(*, forks: bool, executes: bool) -> bytes:
+    """The filter for no process in particular. Assembling takes longer than all other confinement: it is done once.
 
     Args:
         forks: New processes are allowed, for compilers; otherwise only threads are.
@@ -66,7 +78,7 @@ def build(*, forks: bool, executes: bool) -> bytes:
         *_all(ALLOWED, _ALLOW),
         *_all(FATAL, _KILL),
         *_all(["clone3"], _ABSENT),
-        *_conditional(os.getpid()),
+        *_conditional(_SOMEBODY),
         *_processes(forks=forks),
         *(_all(["execve", "execveat"], _ALLOW) if executes else ()),
         _step(_RETURN, _REFUSE),
@@ -75,7 +87,7 @@ def build(*, forks: bool, executes: bool) -> bytes:
 
 
 def _conditional(own: int) -> Iterable[bytes]:
-    """Calls whose arguments decide; ``own`` is this process as it sees itself."""
+    """Calls whose arguments decide; ``own`` is the process as it sees itself."""
     yield _argument("fcntl", 1, _FCNTL)
     yield _argument("ioctl", 1, _IOCTL)
     yield _argument("prctl", 0, _PRCTL)

@@ -17,7 +17,7 @@ import socket
 import sys
 from typing import Final
 
-from . import linux
+from . import linux, seccomp
 from .confine import fresh_box
 from .supervise import copy_output, run
 from .task import MESSAGE_BYTES, Config, Reply, Task
@@ -50,6 +50,8 @@ def main(text: str, own_path: str) -> None:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
     _builtins()
+    seccomp.assembled(forks=False, executes=False)
+    seccomp.assembled(forks=False, executes=True)
     linux.prctl(_PR_SET_CHILD_SUBREAPER, 1)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
