@@ -11,6 +11,7 @@ import gc
 import importlib
 import json
 import os
+import select
 import shutil
 import signal
 import socket
@@ -73,6 +74,12 @@ def _builtins() -> None:
 
 def _serve(config: Config, control: socket.socket, own: int) -> bool:
     """One program; False when there is no judge any more."""
+    # Children of the judge may hold copies of its end of the socket, so that its death does not always close it.
+    poll = select.poll()
+    poll.register(config.control, select.POLLIN)
+    poll.register(config.parent, select.POLLIN)
+    if config.parent in [descriptor for descriptor, _ in poll.poll()]:
+        return False
     try:
         message, descriptors, _, _ = socket.recv_fds(control, MESSAGE_BYTES, _DESCRIPTORS)
     except ConnectionError:
