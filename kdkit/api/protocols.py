@@ -278,13 +278,45 @@ class SandboxJob:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SandboxOutcome:
-    """What happened. ``infra-error`` means that the sandbox failed, not the program."""
+    """What happened. ``infra-error`` means that the sandbox failed, not the program.
 
-    status: Literal["ok", "runtime-error", "compile-error", "timeout", "memory", "output-limit", "infra-error"]
+    Of several statuses that apply, the first counts: infra-error, security-violation, compile-error, timeout, memory,
+    output-limit, runtime-error, ok.
+
+    Attributes:
+        exit_code: None when a signal ended the program, or when it did not run.
+        stderr: The end of its error stream, or what the compiler said.
+        memory_bytes: Largest resident size.
+        reason: Why the sandbox failed.
+    """
+
+    status: Literal[
+        "ok",
+        "runtime-error",
+        "compile-error",
+        "timeout",
+        "memory",
+        "output-limit",
+        "security-violation",
+        "infra-error",
+    ]
     stdout: str = ""
     stderr: str = ""
     exit_code: int | None = None
+    signal: int | None = None
     wall_s: float = 0.0
+    cpu_s: float = 0.0
+    memory_bytes: int = 0
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SandboxCanary:
+    """One small program that tried what a sandbox promises to prevent, and what came of it."""
+
+    name: str
+    passed: bool
+    found: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -294,6 +326,8 @@ class SandboxReport:
     usable: bool
     isolates: tuple[str, ...] = ()
     reason: str = ""
+    hint: str = ""
+    canaries: tuple[SandboxCanary, ...] = ()
 
 
 class SandboxSession(Protocol):

@@ -10,29 +10,19 @@ from typing import Annotated, Final, Literal, NoReturn
 import typer
 
 from kdkit.api.errors import KdkitError
+from kdkit.cli.group import group
 
 __all__ = ["app", "main"]
 
-_SETTINGS: Final = {"help_option_names": ["-h", "--help"]}
-
-
-def _group(summary: str) -> typer.Typer:
-    return typer.Typer(
-        help=summary,
-        no_args_is_help=True,
-        rich_markup_mode=None,
-        pretty_exceptions_enable=False,
-        context_settings=_SETTINGS,
-    )
-
-
-app = _group("Turn a large language model into a small one from one YAML recipe.")
-plugins_app = _group("See what is installed.")
-runs_app = _group("Look at earlier runs.")
-models_app = _group("Fetch and shrink models.")
+app = group("Turn a large language model into a small one from one YAML recipe.")
+plugins_app = group("See what is installed.")
+runs_app = group("Look at earlier runs.")
+models_app = group("Fetch and shrink models.")
+sandbox_app = group("Try what keeps generated programs from doing harm.")
 app.add_typer(plugins_app, name="plugins")
 app.add_typer(runs_app, name="runs")
 app.add_typer(models_app, name="models")
+app.add_typer(sandbox_app, name="sandbox")
 
 Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file.")]
 Sets = Annotated[
@@ -372,6 +362,18 @@ def models_prune(
     from kdkit.cli.models import prune_model
 
     raise typer.Exit(prune_model(source, dest, keep_layers))
+
+
+@sandbox_app.command("check")
+def sandbox_check(
+    name: Annotated[str | None, typer.Argument(metavar="[SANDBOX]", help="Only this one, such as auto.")] = None,
+    *,
+    as_json: Json = False,
+) -> None:
+    """Run programs that try to break out of each sandbox. Exit code 4 when none holds."""
+    from kdkit.cli.sandbox import check_sandboxes
+
+    raise typer.Exit(check_sandboxes(name, as_json=as_json))
 
 
 def main() -> NoReturn:
