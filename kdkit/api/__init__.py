@@ -63,7 +63,7 @@ from kdkit.api.protocols import (
     TokenLoss,
     Tracker,
 )
-from kdkit.api.slots import Component, OneOrMore, Ref, Weighted
+from kdkit.api.slots import Component, OneOrMore, Ref, Scheduled, Weighted
 from kdkit.api.specs import (
     DatasetSpec,
     LossSpec,
@@ -140,6 +140,7 @@ __all__ = [
     "SandboxReport",
     "SandboxSession",
     "SandboxSpec",
+    "Scheduled",
     "Scores",
     "Spec",
     "StageContext",

@@ -15,7 +15,14 @@ from kdkit.models.locate import check_directory
 from kdkit.models.pretrained import read_model, read_tokenizer
 from kdkit.models.prune import keep_layers, parse_keep_layers
 
-__all__ = ["Vocabulary", "check_same_vocabulary", "load_model", "load_tokenizer", "vocabulary"]
+__all__ = [
+    "Vocabulary",
+    "check_same_vocabulary",
+    "load_model",
+    "load_tokenizer",
+    "tokenizer_fingerprint",
+    "vocabulary",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,14 +85,17 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, model_or_config: PreTrainedMo
     Raises:
         ModelError: The model has no output projection.
     """
+    return Vocabulary(
+        size=_output_rows(model_or_config), tokens=len(tokenizer), fingerprint=tokenizer_fingerprint(tokenizer)
+    )
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """sha256 (hex) of the whole map from token to id, added tokens included."""
     # Sorted by id, then token: some tokenizers give one id to several spellings.
     pairs = sorted(tokenizer.get_vocab().items(), key=lambda pair: (pair[1], pair[0]))
     text = json.dumps(pairs, ensure_ascii=True, separators=(",", ":"))
-    return Vocabulary(
-        size=_output_rows(model_or_config),
-        tokens=len(tokenizer),
-        fingerprint=hashlib.sha256(text.encode()).hexdigest(),
-    )
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _output_rows(model_or_config: PreTrainedModel | PreTrainedConfig) -> int:
