@@ -24,7 +24,7 @@ from kdkit.api.errors import ConformanceError, EnvironmentUnmet, StageError
 from kdkit.api.protocols import BuildContext, Reward
 from kdkit.api.slots import Component, Scheduled, Weighted, walk
 
-__all__ = ["Rewarded", "RewardSet", "RewardTerm", "reward_names"]
+__all__ = ["RewardSet", "RewardTerm", "Rewarded", "reward_names"]
 
 _WINDOW: Final = 500
 _MOST_ERRORS: Final = 10
