@@ -75,7 +75,7 @@ class CorrectnessParams(Params):
     tests is the gravest of IE, SV, CE, TLE, MLE, OLE, RE, WA, PE, AC.
     """
 
-    sandbox: Component[Sandbox] = Field(default={"use": "auto"}, validate_default=True)  # type: ignore[assignment]
+    sandbox: Component[Sandbox] = Field(default={"use": "auto"}, validate_default=True)
     """Where programs and checkers run."""
     scoring: Literal["pass_fail", "partial", "weighted_sum"] = "pass_fail"
     """`pass_fail`: 1 or 0; the first failed test ends it. `partial`: the share of tests passed, which also pays
@@ -206,7 +206,7 @@ class RougeParams(Params):
     Examples without a reference are unscorable.
     """
 
-    metric: Component[Metric] = Field(default={"use": "rouge-l"}, validate_default=True)  # type: ignore[assignment]
+    metric: Component[Metric] = Field(default={"use": "rouge-l"}, validate_default=True)
     """The metric, which must compare answers with references on a scale of 0 to 100."""
 
 

@@ -77,12 +77,12 @@ class TeacherLogprob:
         prompt, answer = self._encoder.prompt(example), tuple(rollout.token_ids)
         return Encoded(example.id, (*prompt, *answer), (False,) * len(prompt) + (True,) * len(answer))
 
-    @torch.no_grad()
     def _means(self, rows: Sequence[Encoded]) -> list[float]:
         """Mean log-probability of the learned tokens of every row, in nats."""
         batch = collate(rows, device=self._device)
         labels = batch.input_ids[:, 1:][batch.labels_mask[:, 1:]]
-        signals = self._teacher.signals(batch)
+        with torch.no_grad():
+            signals = self._teacher.signals(batch)
         size = block_tokens(self._teacher.vocabulary.size)
         logprobs = []
         for start in range(0, len(labels), size):
