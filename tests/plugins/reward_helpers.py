@@ -59,7 +59,7 @@ def rollout(text: str, *, prompt: str = "Q", example: Example | None = None, tok
     return Rollout(prompt, text, tuple(range(tokens)), example)
 
 
-def problem(*tests: tuple[str, str], id: str = "p", **extra: Any) -> Example:
+def problem(*tests: tuple[str, str], id: str = "p", **extra: Any) -> Example:  # noqa: A002
     official = [{"input": given, "output": expected} for given, expected in tests]
     return Example(id=id, prompt="Q", extra={"language": "python", "official_tests": official, **extra})
 

@@ -237,7 +237,23 @@ def test_last_program():
 
 @pytest.mark.parametrize(
     "piece",
-    ["<", "< ", "<think>", "<think", "</think>", "`", "```", "```python\n", "Step 1:", "Step 1\n", "*", "# ", " ", "a ", "\n"],
+    [
+        "<",
+        "< ",
+        "<think>",
+        "<think",
+        "</think>",
+        "`",
+        "```",
+        "```python\n",
+        "Step 1:",
+        "Step 1\n",
+        "*",
+        "# ",
+        " ",
+        "a ",
+        "\n",
+    ],
 )
 def test_parsers_are_linear(shop, piece):
     """A quadratic scan of this megabyte would take hours; no time is asserted but that of the whole suite."""

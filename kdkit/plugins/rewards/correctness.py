@@ -93,7 +93,8 @@ class Correctness:
             "partial": share,
             "weighted_sum": (float(passed) + weight * share) / (1.0 + weight),
         }[self._params.scoring]
-        tests = "" if passed or not judged.whole else f", {judged.passed} of {judged.total} tests passed"
+        early = self._params.scoring == "pass_fail"
+        tests = "" if passed or early else f", {judged.passed} of {judged.total} tests passed"
         return scored(value, 0.0, PASSED, f"{judged.verdict.name} {judged.verdict}{tests}")
 
 
