@@ -177,6 +177,7 @@ def _require(sandbox: Component[Any], ctx: BuildContext) -> None:
         raise EnvironmentUnmet(
             f"programs cannot be run safely here: {report.reason or 'the sandbox says no more'}",
             where=f"sandbox {sandbox.name}",
+            hint=getattr(report, "hint", "") or None,
         )
 
 

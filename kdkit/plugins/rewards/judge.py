@@ -176,7 +176,7 @@ class Judge:
             [(run, index, outcomes[i].stdout) for i, (run, index) in enumerate(tests) if verdicts[i] is None]
         )
         for (run, _), outcome, verdict in zip(tests, outcomes, verdicts, strict=True):
-            final, reason = next(checked) if verdict is None else (verdict, outcome.stderr)
+            final, reason = next(checked) if verdict is None else (verdict, _reason(outcome))
             run.verdicts.append(final)
             if final is Verdict.IE:
                 run.reason = run.reason or " ".join(reason.split())[:200] or "the sandbox failed"
@@ -237,6 +237,11 @@ class Judge:
 def _close_all(sessions: OrderedDict[SandboxLimits, SandboxSession]) -> None:
     while sessions:
         sessions.popitem()[1].close()
+
+
+def _reason(outcome: SandboxOutcome) -> str:
+    """Why a sandbox failed; the error stream, which may be the program's, only where it does not say."""
+    return getattr(outcome, "reason", "") or outcome.stderr
 
 
 def _checked(outcome: SandboxOutcome) -> tuple[Verdict, str]:
