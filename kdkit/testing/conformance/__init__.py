@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from kdkit.testing.conformance.loss import TokenLossConformance
+from kdkit.testing.conformance.reward import RewardConformance
 
-__all__ = ["TokenLossConformance"]
+__all__ = ["RewardConformance", "TokenLossConformance"]
