@@ -242,7 +242,7 @@ def _stage(recipe: Recipe, name: str | None) -> Stage:
 
 
 def _has_rewards(params: Any) -> bool:
-    rewards = getattr(params, "rewards", None)
+    rewards = getattr(params, "rewards", None) or []
     return bool(rewards) and all(isinstance(item, Weighted) and item.kind == "reward" for item in rewards)
 
 

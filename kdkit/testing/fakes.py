@@ -60,7 +60,8 @@ class FakeSession:
         self._sandbox.closed += 1
 
     def _outcome(self, job: SandboxJob) -> SandboxOutcome:
-        said = self._sandbox.programs.get(job.program.strip(), lambda _: "")(job)
+        behaviour = self._sandbox.programs.get(job.program.strip())
+        said = behaviour(job) if behaviour is not None else ""
         return SandboxOutcome(status="ok", stdout=said, exit_code=0) if isinstance(said, str) else said
 
 
