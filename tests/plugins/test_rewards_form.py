@@ -197,6 +197,7 @@ def test_language_needs_prose(shop):
     code = "```python\nprint('абв')\n```"
     assert shop.value("language", f"{ENGLISH}\n{code}", language="en") == 1.0
     assert shop.value("language", code, language="ru") == 0.0
+    assert shop.value("language", "<think></think>" * 50, language="en") == 0.0
 
 
 def test_words():

@@ -10,6 +10,7 @@ from typing import Final
 from kdkit.api.data import RewardScore, Rollout
 from kdkit.plugins.rewards.programs import without_blocks
 from kdkit.plugins.rewards.scores import scored
+from kdkit.plugins.rewards.tags import without_tags
 from kdkit.plugins.rewards.words import words
 
 __all__ = ["SCRIPTS", "LanguageReward"]
@@ -59,7 +60,7 @@ class LanguageReward:
         return [self._score(rollout.text) for rollout in rollouts]
 
     def _score(self, text: str) -> RewardScore:
-        prose = without_blocks(text)
+        prose = without_tags(without_blocks(text))
         names = [name for char in prose if (name := _script(char))]
         if not names:
             return scored(0.0, 0.0, 1.0, "no letters")

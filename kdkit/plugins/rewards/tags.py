@@ -8,7 +8,7 @@ from typing import Final
 
 from kdkit.api.data import Rollout
 
-__all__ = ["Tag", "Thinking", "answer_part", "find_tags", "opened_by_prompt", "thinking"]
+__all__ = ["Tag", "Thinking", "answer_part", "find_tags", "opened_by_prompt", "thinking", "without_tags"]
 
 # Written out in another way ("< Think >", "<think/>") it is no tag that anybody asked for, but it is one for the count.
 # Possessive runs of white space hold no "<", so that no character is read more than twice whatever the text.
@@ -81,3 +81,8 @@ def answer_part(text: str, *, opened: bool) -> str:
     if not tags:
         return "" if opened else text
     return text[tags[-1].stop :] if tags[-1].closing else ""
+
+
+def without_tags(text: str) -> str:
+    """The text with a space in the place of every tag."""
+    return _TAG.sub(" ", text)
