@@ -49,7 +49,7 @@ def honest_wrong(example: Example) -> HostileCompletion:
 
 def expected_outputs(example: Example) -> list[str]:
     """What the tests of an example expect, in order; none for an example without tests."""
-    tests = next((found for name in _TESTS if (found := example.extra.get(name))), ())
+    tests = next((found for name in _TESTS if isinstance(found := example.extra.get(name), list) and found), ())
     return [str(test["output"]) for test in tests if isinstance(test, Mapping) and "output" in test]
 
 

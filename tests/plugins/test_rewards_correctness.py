@@ -18,6 +18,9 @@ TESTS = (("1 2", "3"), ("5 5", "10"), ("2 2", "4"), ("0 0", "0"))
 SUM = problem(*TESTS)
 
 
+MALFORMED = "its tests are no list of texts 'input' and 'output'"
+
+
 def add(job):
     a, b = job.stdin.split()
     return f"{int(a) + int(b)}\n"
@@ -178,7 +181,10 @@ def test_languages(shop):
         (None, "no example"),
         (Example(id="e", prompt="Q"), "no tests"),
         (problem(), "no tests"),
-        (Example(id="e", prompt="Q", extra={"official_tests": [{"input": 1, "output": "2"}, "x"]}), "no tests"),
+        (Example(id="e", prompt="Q", extra={"tests": {"input": ["1"], "output": ["2"]}}), MALFORMED),
+        (Example(id="e", prompt="Q", extra={"tests": [{"input": "0 0", "output": "0"}, "x"]}), MALFORMED),
+        (Example(id="e", prompt="Q", extra={"tests": [{"input": "0 0", "output": "0"}, {"input": "1"}]}), MALFORMED),
+        (Example(id="e", prompt="Q", extra={"tests": [{"input": "0 0", "output": 0}]}), MALFORMED),
         (problem(*TESTS, input_mode="file"), "its programs read and write files"),
     ],
 )

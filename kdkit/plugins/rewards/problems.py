@@ -85,20 +85,25 @@ def problem_of(
     wanted = language or language_of(str(extra.get("language") or "python"))
     if wanted is None:
         return f"no programs in {str(extra['language'])[:40]!r} can be run"
-    tests = next((found for name in _COLUMNS[choice] if (found := _tests(extra.get(name)))), ())[:max_tests]
+    given = next((found for name in _COLUMNS[choice] if (found := extra.get(name))), ())
+    tests = _tests(given)
+    if tests is None:
+        return "its tests are no list of texts 'input' and 'output'"
     if not tests:
         return "no tests"
+    tests = tests[:max_tests]
     checker = extra.get("checker")
     checker = checker if isinstance(checker, str) and checker.strip() else None
     limits = limiting.limits(extra, wanted, max(len(output.encode("utf-8", "replace")) for _, output in tests))
     return Problem(tests, checker, wanted, limits, _digest(tests, checker, wanted, limits))
 
 
-def _tests(value: Any) -> tuple[tuple[str, str], ...]:
-    if not isinstance(value, list | tuple):
-        return ()
-    pairs = ((test.get("input"), test.get("output")) for test in value if isinstance(test, Mapping))
-    return tuple((given, wanted) for given, wanted in pairs if isinstance(given, str) and isinstance(wanted, str))
+def _tests(value: Any) -> tuple[tuple[str, str], ...] | None:
+    """Pairs of input and expected output; None when one of them is something else, since fewer tests pass more."""
+    if not isinstance(value, list | tuple) or not all(isinstance(test, Mapping) for test in value):
+        return None
+    pairs = tuple((test.get("input"), test.get("output")) for test in value)
+    return pairs if all(isinstance(part, str) for pair in pairs for part in pair) else None
 
 
 def _positive(extra: Mapping[str, Any], name: str, otherwise: float) -> float:
