@@ -250,6 +250,13 @@ def _example(params: Any, stage: str, builder: Builder, choice: Choice) -> Examp
     loaders = [slot for _, slot in walk(getattr(params, "data", None)) if isinstance(slot, Component)]
     if not loaders:
         raise RecipeError("the stage has no data to take an example from", where=f"stage {stage}")
+    made = [slot for _, slot in walk(loaders[0]) if isinstance(slot, Ref) and isinstance(slot.source, StageOutput)]
+    if made and not choice.sample:
+        raise RecipeError(
+            f"the data is made by a stage of the recipe: {made[0]}",
+            where=f"stage {stage}",
+            hint="--sample takes rows that come with the plugin",
+        )
     loader: Any = builder.build(loaders[0])
     rows = (loader.sample() if choice.sample else loader.load(builder)).examples
     if choice.example >= len(rows):

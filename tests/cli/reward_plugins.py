@@ -6,6 +6,7 @@ from pydantic import Field
 
 from kdkit import Params, hookimpl
 from kdkit.api import (
+    Dataset,
     DatasetLoader,
     DatasetSpec,
     Example,
@@ -81,6 +82,7 @@ def no_run(params, ctx):
 @hookimpl
 def kdkit_stages():
     yield StageSpec(name="pretend-grpo", summary="x", params=Train, run=no_run, outputs={"model": Model})
+    yield StageSpec(name="pretend-make", summary="x", params=NoParams, run=no_run, outputs={"data": Dataset})
 
 
 @hookimpl

@@ -100,6 +100,22 @@ def test_sample_rows(kdkit_command, recipe, completion):
     assert json.loads(done.out)["example"] == "add 100"
 
 
+def test_data_that_another_stage_makes(kdkit_command, recipe, completion):
+    path = recipe(more="  make: {kind: pretend-make}\n")
+    given = (
+        path,
+        "--completion",
+        completion(RIGHT),
+        "--set",
+        "stages.grpo.data={use: jsonl, source: '${stages.make.data}'}",
+    )
+    done = kdkit_command("rewards", "try", *given)
+    assert done.code == 2
+    assert "made by a stage of the recipe: ${stages.make.data}; --sample takes rows" in done.err
+    done = kdkit_command("rewards", "try", *given, "--sample", "--json")
+    assert json.loads(done.out)["components"]["think"]["value"] == 1.0
+
+
 def test_notes_cannot_move_the_cursor(kdkit_command, recipe, completion):
     done = kdkit_command("rewards", "try", recipe(), "--completion", completion("\x1b[2J" + RIGHT))
     assert "\x1b" not in done.out
@@ -163,13 +179,21 @@ def test_doctor_finds_nothing_with_the_built_in_rewards(kdkit_command, recipe):
     assert all(entry["total"]["status"] == "ok" for entry in found["completions"])
 
 
-@pytest.mark.parametrize("reward", ["think", "steps", "repetition", "language, language: en"])
+@pytest.mark.parametrize("reward", ["think", "steps", "repetition"])
 def test_no_reward_alone_pays_a_hostile_completion_more_than_an_honest_try(kdkit_command, recipe, reward):
     done = kdkit_command("rewards", "doctor", recipe(f"[{{use: {reward}}}]"), "--json")
     found = json.loads(done.out)
     honest = found["honest"]["total"]["value"]
     assert (done.code, found["flagged"]) == (0, [])
     assert max(entry["total"]["value"] for entry in found["completions"]) <= honest
+
+
+def test_the_language_alone_pays_for_any_prose(kdkit_command, recipe):
+    done = kdkit_command("rewards", "doctor", recipe("[{use: language, language: es}]"), "--json")
+    found = json.loads(done.out)
+    assert done.code == 5
+    assert found["honest"]["total"]["value"] == 0.0
+    assert {"huge", "padding"} <= set(found["flagged"])
 
 
 def test_doctor_flags_a_reward_that_can_be_hacked(kdkit_command, recipe):

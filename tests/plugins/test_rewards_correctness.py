@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 from itertools import pairwise
 
 import pytest
@@ -11,7 +13,8 @@ from reward_helpers import Workshop, answer, failed, problem, rollout
 
 from kdkit.api import ConformanceError, EnvironmentUnmet, Example, SandboxLimits, StageError
 from kdkit.plugins.rewards.compare import compare
-from kdkit.plugins.rewards.judge import CHECKER_LIMITS
+from kdkit.plugins.rewards.judge import CHECKER_LIMITS, RUN_CHECKER, Judge, Submission
+from kdkit.plugins.rewards.problems import Limiting, problem_of
 from kdkit.plugins.rewards.verdicts import Verdict, of_outcome, worst
 
 TESTS = (("1 2", "3"), ("5 5", "10"), ("2 2", "4"), ("0 0", "0"))
@@ -246,6 +249,20 @@ def test_a_judgement_cut_short_does_not_stand_for_a_whole_one():
     assert shop.build("correctness")(batch)[0].value == 0.0
 
 
+def test_of_two_equal_programs_the_one_that_wants_all_tests_answers_both(shop):
+    found = problem_of(
+        problem(("0 0", "0"), *TESTS),
+        choice="auto",
+        language=None,
+        limiting=Limiting(time_limit=1, time_factor=1, max_time=1, memory_mb=64, max_memory_mb=64),
+        max_tests=None,
+    )
+    for order in ((True, False), (False, True)):
+        judge = Judge(shop.sandbox, mode="tokens", tolerance=0)
+        judged = judge.judge([Submission("crash late", found, early) for early in order])
+        assert [(one.passed, one.total, one.whole) for one in judged] == [(3, 5, True)] * 2
+
+
 def test_tests_of_a_submission_go_with_its_input_only(shop):
     shop.value("correctness", answer("add"), example=SUM)
     for job in shop.sandbox.jobs:
@@ -341,6 +358,7 @@ def test_many_rollouts_of_many_examples_in_order(shop):
         ("nan", "nan", "AC"),
         ("1.0", "inf", "WA"),
         ("1e9999", "1e9998", "WA"),
+        ("1e9999", "1.5", "WA"),
         ("1.0", "1_0", "WA"),
         ("10.0", "0xa", "WA"),
         ("1.0", "１.0", "WA"),
@@ -418,6 +436,23 @@ def test_a_checker_decides(said, status, value):
     score = shop.score("correctness", answer("add"), example=example)
     assert (score.status, score.value) == (status, value)
     assert CHECKER_LIMITS in shop.sandbox.opened
+
+
+@pytest.mark.parametrize(("output", "code", "said"), [("3 1 2", 0, "1"), ("3 1", 0, "0"), ("a b", 1, "")])
+def test_the_program_that_calls_a_checker(tmp_path, output, code, said):
+    """The jail runs this; here the checker is ours."""
+    checker = (
+        "import sys\n\nif __name__ == '__main__':\n"
+        "    given, expected, got = (open(name).read().split() for name in sys.argv[1:])\n"
+        "    assert given == ['3']\n"
+        "    print(int(sorted(map(int, got)) == sorted(map(int, expected))))\n"
+    )
+    files = {"checker.py": checker, "input.txt": "3", "expected_output.txt": "1 2 3", "output.txt": output}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    command = [sys.executable, "-W", "ignore", "-c", RUN_CHECKER]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (code, said), done.stderr
 
 
 def test_a_checker_is_not_asked_about_a_crash(shop):

@@ -15,7 +15,7 @@ from kdkit.plugins.rewards.compare import compare
 from kdkit.plugins.rewards.problems import Problem
 from kdkit.plugins.rewards.verdicts import Verdict, of_outcome, worst
 
-__all__ = ["CHECKER_LIMITS", "Judge", "Judgement", "Submission"]
+__all__ = ["CHECKER_LIMITS", "RUN_CHECKER", "Judge", "Judgement", "Submission"]
 
 _RETRIES: Final = 2
 _SESSIONS: Final = 4
@@ -25,11 +25,12 @@ _CHUNK: Final = 64
 _TIMEOUTS: Final = 2
 """After so many time-outs the remaining tests of a program count as failed: each costs seconds."""
 CHECKER_LIMITS: Final = SandboxLimits(wall_s=21.0, cpu_s=10.0, output_bytes=2**16)
-_RUN_CHECKER: Final = (
+RUN_CHECKER: Final = (
     "import runpy, sys\n"
     "sys.argv = ['checker.py', 'input.txt', 'expected_output.txt', 'output.txt']\n"
     "runpy.run_path('checker.py', run_name='__main__')\n"
 )
+"""The program of a checker's job: it calls ``checker.py`` with the names of the three files beside it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +189,7 @@ class Judge:
             if (checker := run.submission.problem.checker) is not None:
                 given, expected = run.submission.problem.tests[index]
                 files = {"input.txt": given, "expected_output.txt": expected, "output.txt": output}
-                jobs.append(SandboxJob(program=_RUN_CHECKER, files={"checker.py": checker, **files}))
+                jobs.append(SandboxJob(program=RUN_CHECKER, files={"checker.py": checker, **files}))
         said = iter(self._run(CHECKER_LIMITS, jobs) if jobs else ())
         for run, index, output in written:
             if run.submission.problem.checker is not None:

@@ -35,13 +35,14 @@ SCRIPTS: Final[Mapping[str, tuple[str, ...]]] = {
 """Language to the first words of its letters' Unicode names."""
 
 _COMMON: Final[Mapping[str, str]] = {
-    "en": "the and of is that this with for are was which from have not then it we so be by if",
-    "es": "el los las y es con para por pero como más está entonces si también del cuando hay",
-    "de": "der die das und ist nicht mit den ein eine auf für von wir auch dann sich wenn zu aber",
-    "fr": "le les des et est dans pour pas qui nous une sur avec donc alors il cette mais sont",
-    "it": "il gli di che è per non con sono della questo anche allora si ma nel più quindi",
-    "pt": "os as e é com não uma para por mas mais então também do da em isso quando",
+    "en": "the and of is that this with for are which from have not then it we be by if to",
+    "es": "el los las y es para por pero como más está entonces si también del cuando hay",
+    "de": "der das und ist nicht mit ein eine auf für von wir auch dann sich wenn zu aber",
+    "fr": "le les et est dans pas qui nous une avec donc alors il cette mais sont ces",
+    "it": "il gli di che è non sono della questo anche allora si nel più quindi",
+    "pt": "os é com não uma para por mas mais então também da em isso quando",
 }
+"""Words that are common in one language and no words of English in another."""
 _LETTERS: Final = 20
 """A text with fewer letters earns its share only: one word in the right language is no answer."""
 _TELLING: Final = 5
