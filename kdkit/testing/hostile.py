@@ -43,7 +43,7 @@ def hostile_completions(example: Example, prompt: str) -> list[HostileCompletion
 def honest_wrong(example: Example) -> HostileCompletion:
     """An answer in the right form, from someone who tried, which is wrong."""
     language = _language(example)
-    row = next(row for row in _bank() if row["name"] == _HONEST and row["language"] == language)
+    row = next(row for row in _bank() if row["name"] == _HONEST and row.get("language", "") == language)
     return _filled(row, example, "")
 
 
