@@ -65,7 +65,7 @@ from kdkit.api.protocols import (
     TokenLoss,
     Tracker,
 )
-from kdkit.api.slots import Component, OneOrMore, Ref, Weighted
+from kdkit.api.slots import Component, OneOrMore, Ref, Scheduled, Weighted
 from kdkit.api.specs import (
     DatasetSpec,
     LossSpec,
@@ -144,6 +144,7 @@ __all__ = [
     "SandboxReport",
     "SandboxSession",
     "SandboxSpec",
+    "Scheduled",
     "Scores",
     "SignalCache",
     "Spec",

@@ -10,7 +10,8 @@ from typing import Annotated, Final, Literal, NoReturn
 import typer
 
 from kdkit.api.errors import KdkitError
-from kdkit.cli.group import group
+from kdkit.cli.options import Json, Recipe, Sets, Variables, group
+from kdkit.cli.rewards_app import rewards_app
 
 __all__ = ["app", "main"]
 
@@ -23,15 +24,8 @@ app.add_typer(plugins_app, name="plugins")
 app.add_typer(runs_app, name="runs")
 app.add_typer(models_app, name="models")
 app.add_typer(sandbox_app, name="sandbox")
+app.add_typer(rewards_app, name="rewards")
 
-Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file.")]
-Sets = Annotated[
-    list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Override, as in stages.kd.max_steps=50.")
-]
-Variables = Annotated[
-    list[str] | None, typer.Option("--var", metavar="NAME=VALUE", help="Value of a variable of the recipe.")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Parent of the run directories.")]
 First = Annotated[
     str | None, typer.Option("--from", metavar="STAGE", help="Only this stage and those that depend on it.")

@@ -135,6 +135,9 @@ class _Evaluation:
             if unjudged:
                 reasons = ", ".join(f"{count} {reason}" for reason, count in unjudged.items())
                 self.ctx.log(f"{model} on {dataset}: not judged: {reasons} (of {len(answered.verdicts)} answers)")
+        close = getattr(judge, "close", None)
+        if close is not None:
+            close()
 
     def _teacher_answers(self, teacher: Teacher) -> dict[str, Sequence[Completion]]:
         """The teacher's answers by dataset, made once for all models, with the decoding of the models."""
