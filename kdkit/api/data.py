@@ -193,12 +193,15 @@ class TopK:
             tokens have -inf in the slots that are left, at any place and with any id.
         tail_mass: [N] probability outside the K tokens; computed from ``logprobs`` when None.
         temperature: The temperature the log-probabilities were taken at; a loss with another one refuses the signal.
+        taken: [N] log-probabilities of the valid tokens themselves, among the K or not, at the same temperature; None
+            when the teacher does not say. Rewards of sampled tokens need them.
     """
 
     ids: Tensor
     logprobs: Tensor
     tail_mass: Tensor | None = None
     temperature: float = 1.0
+    taken: Tensor | None = None
 
 
 TeacherSignal: TypeAlias = Dense | TopK

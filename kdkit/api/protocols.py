@@ -151,7 +151,8 @@ class Teacher(Protocol):
 
     ``vocabulary`` identifies the token ids its signals are about (a ``kdkit.models.load.Vocabulary``). A teacher that
     also has ``tokenizer`` (a ``PreTrainedTokenizerBase``) serves aligned losses: ``signals`` then sees batches of its
-    own tokens, whatever the student's are.
+    own tokens, whatever the student's are. One that has ``model`` (a ``PreTrainedModel`` on the student's device) can
+    take part in the student's sampling, as MiniLLM wants.
     A teacher whose weights the content key cannot see may have ``identity() -> str | None``: what it says about them,
     which has to stay the same while a stage is resumed.
     """

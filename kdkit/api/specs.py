@@ -190,10 +190,16 @@ class StageSpec(Spec[P]):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutSpec(Spec[P]):
-    """A rollout engine."""
+    """A rollout engine.
+
+    Attributes:
+        mixes: The engine has ``decode`` beside ``generate``, a ``kdkit.train.rollout.decode`` of the live model: it can
+            mix in a second model, and says what top-k and top-p kept.
+    """
 
     kind: ClassVar[str] = "rollout"
     build: Callable[[P, BuildContext, RolloutModel], RolloutEngine]
+    mixes: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -116,6 +116,8 @@ class Block:
             return self._aligned(term, logits, labels, span)
         if term.kind == "policy":
             return self._policy(term, self.gradients[index], logits, labels, span)
+        if term.sampled and self.policy is not None:
+            logits, teacher = _as_sampled(term, logits, teacher, self.policy, span)
         return _token_sum(term, logits, teacher, labels, weights)
 
     def _policy(
@@ -176,6 +178,25 @@ def _cut(teacher: Any, width: int | None) -> Any:
     if width is None or not isinstance(teacher, Dense):
         return teacher
     return Dense(teacher.logits[:, :width])
+
+
+def _as_sampled(
+    term: LossTerm, logits: Tensor, teacher: TeacherSignal | None, policy: PolicyBatch, span: Span
+) -> tuple[Tensor, TeacherSignal | None]:
+    """Logits of both models whose softmax is what the tokens of a block are sampled from, as in ``_taken``."""
+    cut, other = logits[:, : term.vocabulary], _cut(teacher, term.vocabulary)
+    if policy.support is None and policy.temperature == 1.0:
+        return cut, other
+    if other is not None and not isinstance(other, Dense):
+        raise ConformanceError(
+            f"a {type(other).__name__} signal is of the whole vocabulary at temperature 1", where=f"loss {term.name}"
+        )
+    cut, dense = cut / policy.temperature, None if other is None else other.logits / policy.temperature
+    if policy.support is not None:
+        outside = ~policy.support.kept(span.start, span.stop, cut.shape[1], cut.device)
+        cut = cut.masked_fill(outside, -torch.inf)
+        dense = None if dense is None else dense.masked_fill(outside, -torch.inf)
+    return cut, None if dense is None else Dense(dense)
 
 
 def _taken(

@@ -43,6 +43,8 @@ class LossTerm:
     ``vocabulary``: a token loss compares only this many leading entries with the teacher's, and a policy loss has its
     log-probabilities over them; for an aligned loss it is how many entries the teacher has, which the memory of a block
     depends on.
+    ``sampled``: on the student's own completions, a token loss compares the distributions that they are sampled from:
+    at the temperature of the sampling, and over the tokens that top-k and top-p kept.
     """
 
     name: str
@@ -50,6 +52,7 @@ class LossTerm:
     loss: Loss
     vocabulary: int | None = None
     kind: Literal["token", "aligned", "policy"] = "token"
+    sampled: bool = False
 
     @property
     def wants_entropy(self) -> bool:

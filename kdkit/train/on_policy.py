@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from kdkit.api import Sampling
 
-__all__ = ["OnPolicy", "prompt_of"]
+__all__ = ["OnPolicy", "as_deployed", "prompt_of"]
 
 _BATCH: Final = 32
 """Rows decoded together. Not the micro-batch: in bf16 the rounding, and so an answer, would depend on it."""
@@ -108,7 +108,7 @@ class OnPolicy:
         return values
 
     def _answers(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[list[int]]:
-        with _as_deployed(self.model):
+        with as_deployed(self.model):
             return generate_ids(
                 self.model,
                 prompts,
@@ -149,7 +149,7 @@ def _answered(row: Encoded, prompt: Sequence[int], answer: Sequence[int]) -> Enc
 
 
 @contextmanager
-def _as_deployed(model: PreTrainedModel) -> Iterator[None]:
+def as_deployed(model: PreTrainedModel) -> Iterator[None]:
     """Without dropout (nor gradient checkpointing, which forbids a cache), and without a trace in the RNG states."""
     training = model.training
     model.eval()

@@ -73,7 +73,7 @@ def test_sampling_follows_the_softmax():
 def test_not_even_the_ends_of_a_draw_give_a_token_without_probability(uniform, token, monkeypatch):
     monkeypatch.setattr(torch, "rand", lambda *shape, **options: torch.full(shape, uniform, dtype=torch.float64))
     logits = torch.tensor([[-math.inf, -math.inf, 1.0, 0.5, 2.0, -math.inf]])
-    tokens, _ = next_tokens(logits, Sampling(do_sample=True), [torch.Generator()])
+    tokens = next_tokens(logits, Sampling(do_sample=True), [torch.Generator()]).tokens
     assert tokens.tolist() == [token]
 
 

@@ -16,11 +16,22 @@ PROMPT, N = [5, 6, 7], 6000
 WARPS = [{}, {"temperature": 0.5}, {"temperature": 2.0, "top_k": 12}, {"temperature": 2.0, "top_p": 0.7}]
 
 
-def exact(model, prompt, how):
-    """Probabilities in float64, warped with plain sorting: rank below top-k, probability before it below top-p."""
+def logits_of(model, prompt):
     with torch.no_grad():
         logits = model.double()(input_ids=torch.tensor([prompt]), use_cache=False).logits[0, -1]
     model.float()
+    return logits
+
+
+def within(model, prompt, how, q):
+    """Probabilities of a second model in float64: at the temperature, over what the first one's ``q`` keeps."""
+    p = (logits_of(model, prompt) / how.temperature).softmax(-1) * (q > 0)
+    return p / p.sum()
+
+
+def exact(model, prompt, how):
+    """Probabilities in float64, warped with plain sorting: rank below top-k, probability before it below top-p."""
+    logits = logits_of(model, prompt)
     values, order = (logits / how.temperature).sort(descending=True)
     if how.top_k:
         values[how.top_k :] = -torch.inf
@@ -55,11 +66,14 @@ def test_tokens_of_a_mixture_follow_it(options):
     )
     tokens = torch.tensor([row.ids[0] for row in done])
     # The shared vocabulary is cut before both are warped.
-    q, p = (exact(_Cut(m, 250), PROMPT, how) for m in (model, teacher))
+    q = exact(_Cut(model, 250), PROMPT, how)
+    p = within(_Cut(teacher, 250), PROMPT, how, q)
     assert excess(tokens, 0.8 * q + 0.2 * p) < 4
-    for wrong in (0.0, 0.1, 0.35, 0.8):
-        if bool(((1 - wrong) * q + wrong * p)[tokens].min() > 0):
-            assert excess(tokens, (1 - wrong) * q + wrong * p) > 6, wrong
+    for wrong in (0.0, 0.5, 0.8):
+        assert excess(tokens, (1 - wrong) * q + wrong * p) > 6, wrong
+    cut_by_itself = exact(_Cut(teacher, 250), PROMPT, how)
+    if bool(((cut_by_itself > 0) != (q > 0)).any()):
+        assert excess(tokens, 0.8 * q + 0.2 * cut_by_itself) > 6
 
 
 class _Cut:
@@ -85,15 +99,19 @@ def test_log_probabilities_of_every_step_are_those_of_both_models_without_a_cach
     model, teacher = tiny_model(), tiny_model(seed=1, hidden=48)
     how = Sampling(do_sample=True, max_new_tokens=5, **options)
     prompts = [[1, 2, 3], [9], [4, 5, 6, 7, 8, 9], [30, 20], [77, 1]]
-    mixture = Mixture(teacher, 0.3)
-    done = decode(
-        model, prompts, how, range(5), stop_ids=(), batch_size=2, limits=[5, 2, 4, 1, 5], mixture=mixture, logprobs=True
-    )
+    options = {"mixture": Mixture(teacher, 0.3), "logprobs": True, "support": True}
+    done = decode(model, prompts, how, range(5), stop_ids=(), batch_size=2, limits=[5, 2, 4, 1, 5], **options)
     for prompt, row in zip(prompts, done, strict=True):
         for step, token in enumerate(row.ids):
-            q, p = (exact(m, [*prompt, *row.ids[:step]], how)[token] for m in (model, teacher))
-            assert row.drawn[step] == pytest.approx(float(torch.log(0.7 * q + 0.3 * p)), abs=2e-5)
-            assert row.logprobs[step] == pytest.approx(float(q.log()), abs=2e-5)
+            so_far = [*prompt, *row.ids[:step]]
+            q = exact(model, so_far, how)
+            p = within(teacher, so_far, how, q)
+            assert row.drawn[step] == pytest.approx(float(torch.log(0.7 * q + 0.3 * p)[token]), abs=2e-5)
+            assert row.logprobs[step] == pytest.approx(float(q[token].log()), abs=2e-5)
+            if row.support is not None:
+                assert row.support[step] == tuple(q.nonzero()[:, 0].tolist())
+                assert token in row.support[step]
+        assert (row.support is None) == (not how.top_k and how.top_p == 1.0)
 
 
 def test_a_greedy_mixture_takes_its_most_probable_token():

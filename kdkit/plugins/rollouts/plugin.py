@@ -37,4 +37,5 @@ def kdkit_rollouts() -> Iterator[RolloutSpec[Any]]:
         summary="Batched decoding with a KV cache in this process, finished rows refilled",
         params=TransformersRolloutParams,
         build=_transformers,
+        mixes=True,
     )

@@ -10,7 +10,7 @@ import torch
 from kdkit.api.artifacts import Model
 from kdkit.models.chat import ChatEncoder
 from kdkit.models.load import load_model
-from kdkit.train.rollout import generate, stop_ids
+from kdkit.train.rollout import Decoded, Mixture, decode, generate, stop_ids
 
 if TYPE_CHECKING:
     from kdkit.api import BuildContext, Completion, RolloutModel, Sampling
@@ -48,3 +48,34 @@ class TransformersRollouts:
             )
         finally:
             self._model.train(training)
+
+    def decode(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        /,
+        *,
+        limits: Sequence[int],
+        vocabulary: int,
+        compute: torch.dtype,
+        mixture: Mixture | None,
+    ) -> list[Decoded]:
+        """Token ids with log-probabilities, and the ids that top-k and top-p kept; the model is in evaluation mode.
+
+        See :func:`kdkit.train.rollout.decode` for the arguments.
+        """
+        return decode(
+            self._model,
+            prompts,
+            sampling,
+            seeds,
+            stop_ids=self._stop_ids,
+            batch_size=self._batch_size,
+            limits=limits,
+            vocabulary=vocabulary,
+            compute=compute,
+            mixture=mixture,
+            logprobs=True,
+            support=True,
+        )

@@ -39,11 +39,11 @@ if TYPE_CHECKING:
     from kdkit.plugins.stages.plugin import SftParams
     from kdkit.train.params import TrainParams
 
-__all__ = ["run_distill", "run_sft"]
+__all__ = ["Student", "load_student", "run_distill", "run_sft", "save_student", "stop_where_trained"]
 
 
 @dataclass(frozen=True, slots=True)
-class _Student:
+class Student:
     """The model to train, with what belongs to it."""
 
     artifact: Model
@@ -53,7 +53,7 @@ class _Student:
 
 def run_sft(params: SftParams, ctx: StageContext) -> StageOutputs:
     """Train on answers alone."""
-    return _train(params, ctx, _load(params.model, ctx), teacher=None, method="supervised fine-tuning")
+    return _train(params, ctx, load_student(params.model, ctx), teacher=None, method="supervised fine-tuning")
 
 
 def run_distill(params: DistillParams, ctx: StageContext) -> StageOutputs:
@@ -69,7 +69,7 @@ def run_distill(params: DistillParams, ctx: StageContext) -> StageOutputs:
         method += f", {params.on_policy:.0%} of the steps on its own answers"
     try:
         fixed = _row_teacher(params, teacher)
-        student = _load(params.model, ctx)
+        student = load_student(params.model, ctx)
         return _train(params, ctx, student, teacher=teacher, fixed=fixed, method=method)
     finally:
         teacher.close()
@@ -93,18 +93,19 @@ def _row_teacher(params: DistillParams, teacher: Teacher) -> RowTeacher | None:
     return teacher
 
 
-def _load(ref: Any, ctx: StageContext) -> _Student:
+def load_student(ref: Any, ctx: StageContext) -> Student:
+    """The model to train, with float32 master weights."""
     artifact: Model = ctx.resolve(ref)
     tokenizer = load_tokenizer(artifact)
     model = load_model(artifact, dtype=torch.float32, train=True)
     verify_split(model)
-    return _Student(artifact, model, tokenizer)
+    return Student(artifact, model, tokenizer)
 
 
 def _train(
     params: TrainParams,
     ctx: StageContext,
-    student: _Student,
+    student: Student,
     *,
     teacher: Teacher | None,
     fixed: RowTeacher | None = None,
@@ -140,15 +141,15 @@ def _train(
     if fixed is not None:
         fixed.check_rows([row for rows in (*data, task.held_out) for row in rows])
     # Before the work: what cannot be saved afterwards must not be found out afterwards.
-    _stop_where_trained(student.model, encoder)
+    stop_where_trained(student.model, encoder)
     result = train(task, params, ctx, compute=compute)
-    return {"model": _save(params, ctx, student, result, precision=precision, method=method)}
+    return {"model": save_student(params, ctx, student, result, precision=precision, method=method)}
 
 
 def _on_policy(
     params: TrainParams,
     ctx: StageContext,
-    student: _Student,
+    student: Student,
     encoder: ChatEncoder,
     shared: int | None,
     compute: torch.dtype,
@@ -212,7 +213,7 @@ def _encode(
     return encode_rows(rows.examples, encoder, log=ctx.log, name=name, **limits)
 
 
-def _stop_where_trained(model: PreTrainedModel, encoder: ChatEncoder) -> None:
+def stop_where_trained(model: PreTrainedModel, encoder: ChatEncoder) -> None:
     """Let ``generate`` stop at the end token that is trained, whatever the base model stopped at.
 
     transformers refuses to save a changed configuration with sampling values but without ``do_sample``, which many
@@ -228,9 +229,10 @@ def _stop_where_trained(model: PreTrainedModel, encoder: ChatEncoder) -> None:
         )
 
 
-def _save(
-    params: TrainParams, ctx: StageContext, student: _Student, result: TrainResult, *, precision: str, method: str
+def save_student(
+    params: TrainParams, ctx: StageContext, student: Student, result: TrainResult, *, precision: str, method: str
 ) -> Model:
+    """Write the trained model with its card. Raises ``StageError`` when weights are not finite."""
     before = read_provenance(student.artifact.path)
     # A model from an earlier stage goes back to the model that stage started from.
     base_model = str(before.get("base_model", student.artifact.name))

@@ -18,6 +18,7 @@ from kdkit.train.rollout import generate, stop_ids
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedModel
 
     from kdkit.api import BuildContext, Completion, Example, Sampling, TokenBatch
     from kdkit.plugins.teachers.plugin import LocalTeacherParams
@@ -54,6 +55,11 @@ class LocalTeacher:
             ctx.log(f"teacher {type(self._model).__name__} sees across rows that lie end to end: it gets padded rows")
         self._batch_size = params.batch_size
         self.vocabulary: Vocabulary = vocabulary(self.tokenizer, self._model)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model itself, which can take part in the student's sampling."""
+        return self._model
 
     @torch.no_grad()
     def signals(self, batch: TokenBatch, /) -> _HiddenSignals:

@@ -43,14 +43,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class _TopKSignals:
-    """The k most probable tokens of all valid tokens, [N, k], at temperature 1."""
+    """The k most probable tokens of all valid tokens, [N, k], and the tokens themselves, [N], at temperature 1."""
 
     ids: Tensor
     logprobs: Tensor
+    taken: Tensor
 
     def block(self, start: int, stop: int, /) -> TopK:
         """Those of valid tokens ``start`` to ``stop``."""
-        return TopK(self.ids[start:stop], self.logprobs[start:stop])
+        return TopK(self.ids[start:stop], self.logprobs[start:stop], taken=self.taken[start:stop])
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +119,8 @@ class OpenAITeacher:
         device, k = batch.input_ids.device, ability.top_k
         ids = np.concatenate([np.zeros((0, k), np.int64), *(table.ids for table in tables)])
         logprobs = np.concatenate([np.zeros((0, k), np.float32), *(table.logprobs for table in tables)])
-        return _TopKSignals(torch.from_numpy(ids).to(device), torch.from_numpy(logprobs).to(device))
+        taken = np.concatenate([np.zeros(0, np.float32), *(table.taken for table in tables)])
+        return _TopKSignals(*(torch.from_numpy(array).to(device) for array in (ids, logprobs, taken)))
 
     def generate(self, prompts: Sequence[Example], sampling: Sampling, seed: int, /) -> Sequence[Completion]:
         """The server's answers: to messages with its own chat template, to raw text as it is.

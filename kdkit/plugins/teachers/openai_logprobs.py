@@ -71,10 +71,14 @@ class Form:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """The k most probable tokens of N positions: ids [N, k] int64, logprobs [N, k] float32, most probable first."""
+    """The k most probable tokens of N positions, most probable first: ids [N, k] int64, logprobs [N, k] float32.
+
+    ``taken``: log-probabilities [N] float32 of the tokens that were sent, which may be none of these.
+    """
 
     ids: np.ndarray
     logprobs: np.ndarray
+    taken: np.ndarray
 
 
 def completion(answer: Mapping[str, Any], where: str) -> Mapping[str, Any]:
@@ -109,8 +113,10 @@ def top_table(given: Given, sent: Sequence[int], positions: Sequence[int], k: in
     """
     _check_document(given, sent, where)
     ids, values = np.zeros((len(positions), k), np.int64), np.zeros((len(positions), k), np.float64)
+    taken = np.zeros(len(positions), np.float64)
     for row, position in enumerate(positions):
         entry = given.entries[position] or {}
+        taken[row] = entry[sent[position]]
         if len(entry) < k:
             raise _wrong(f"has {len(entry)} log-probabilities at position {position}, {k} were asked for", where)
         _fill(ids[row], values[row], entry, k, where)
@@ -120,7 +126,7 @@ def top_table(given: Given, sent: Sequence[int], positions: Sequence[int], k: in
             raise _wrong(f"has probabilities at position {position} that are too small for the {k} largest", where)
     if ids.size and ids.max() >= size:
         raise _wrong(f"names token {ids.max()}, the tokenizer's model has {size:,}", where)
-    return Table(ids, np.minimum(values, 0).astype(np.float32))
+    return Table(ids, np.minimum(values, 0).astype(np.float32), np.minimum(taken, 0).astype(np.float32))
 
 
 def _check_document(given: Given, sent: Sequence[int], where: str) -> None:

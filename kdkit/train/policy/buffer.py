@@ -7,7 +7,7 @@ of that epoch. Only the rollouts themselves are state: the policy that sampled t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain, pairwise
 from typing import TYPE_CHECKING, Any
@@ -47,6 +47,7 @@ class RolloutBuffer:
         ppo_epochs: How often each is learned from.
         seed: Seed of their order.
         per_pass: Rollouts of one pass over the prompts, from which the length of an epoch of the training follows.
+        facts: What there is to log about the rollouts made since it was last called, beside the time they took.
     """
 
     def __init__(
@@ -57,9 +58,10 @@ class RolloutBuffer:
         ppo_epochs: int,
         seed: int,
         per_pass: int,
+        facts: Callable[[], Mapping[str, float]] = dict,
     ) -> None:
         self._make, self._num_rollouts, self._ppo_epochs = make, num_rollouts, ppo_epochs
-        self._seed, self._per_pass = seed, per_pass
+        self._seed, self._per_pass, self._facts = seed, per_pass, facts
         self._held: int | None = None
         self._rollouts: list[PolicyRow] = []
         self._seconds = 0.0
@@ -84,9 +86,9 @@ class RolloutBuffer:
         return [self._rollouts[order[place.first + row]] for row in share.places]
 
     def metrics(self, _all_ranks: Callable[[int], int], /) -> dict[str, float]:
-        """Seconds spent on making rollouts since the last call."""
+        """Seconds spent on making rollouts since the last call, and what else there is to say about them."""
         seconds, self._seconds = self._seconds, 0.0
-        return {"rollout_s": seconds}
+        return {"rollout_s": seconds, **self._facts()}
 
     def state(self, step: int, share: Share, /) -> State | None:
         """The rollouts, unless the iteration ends before ``step``: the next one's are made from the weights then."""

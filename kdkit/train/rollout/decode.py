@@ -14,7 +14,7 @@ from torch.func import functional_call
 from kdkit.api.data import Completion
 from kdkit.models.heads import split
 from kdkit.train.rollout.cache import PaddedRows, RaggedRows, Rows, ragged
-from kdkit.train.rollout.sampling import Mixture, next_tokens
+from kdkit.train.rollout.sampling import Mixture, cuts, next_tokens
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,14 +35,16 @@ class Decoded:
 
     Attributes:
         ids: New token ids, with the stop id that ended them.
-        logprobs: Of these tokens in nats under the model, warped as it was sampled; empty unless asked for. -inf for a
-            token that only the mixture's other model could choose.
+        logprobs: Of these tokens in nats under the model, warped as it was sampled; empty unless asked for.
         drawn: Log-probabilities under the distribution that was sampled from, which differ with a mixture only.
+        support: Ids that top-k and top-p of the model kept at every token, ascending; None unless asked for, or when
+            they keep all.
     """
 
     ids: list[int]
     logprobs: list[float]
     drawn: list[float]
+    support: list[tuple[int, ...]] | None = None
 
 
 def stop_ids(model: PreTrainedModel, encoder: ChatEncoder) -> tuple[int, ...]:
@@ -122,6 +124,7 @@ def decode(
     compute: torch.dtype | None = None,
     mixture: Mixture | None = None,
     logprobs: bool = False,
+    support: bool = False,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[Decoded]:
     """Answers to the prompts, in their order.
@@ -139,15 +142,17 @@ def decode(
         compute: Precision of the weights while decoding; the parameters themselves stay as they are.
         mixture: A second model that takes part in every draw; it computes in its own precision.
         logprobs: Whether to return log-probabilities.
+        support: Whether to return the ids that top-k and top-p kept.
         on_batch: Called with the number of finished prompts when there are more.
     """
     longest = sampling.max_new_tokens
     bounds = [longest] * len(prompts) if limits is None else [min(longest, limit) for limit in limits]
     jobs = [_Job(*parts) for parts in zip(prompts, seeds, bounds, strict=True)]
-    settings = _Settings(sampling, frozenset(stop_ids), batch_size, vocabulary, mixture, logprobs)
+    support = support and cuts(sampling)
+    settings = _Settings(sampling, frozenset(stop_ids), batch_size, vocabulary, mixture, logprobs, support)
     decoder = _Decoder(model, settings)
     functional_call(decoder, _cast(decoder, compute), (jobs, on_batch))
-    return [Decoded(job.ids, job.logprobs, job.drawn) for job in jobs]
+    return [Decoded(job.ids, job.logprobs, job.drawn, job.support if support else None) for job in jobs]
 
 
 @torch.no_grad()
@@ -166,13 +171,14 @@ def _cast(module: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
 class _Job:
     """One prompt and its answer so far."""
 
-    __slots__ = ("drawn", "generator", "ids", "limit", "logprobs", "prompt", "seed")
+    __slots__ = ("drawn", "generator", "ids", "limit", "logprobs", "prompt", "seed", "support")
 
     def __init__(self, prompt: Sequence[int], seed: int, limit: int) -> None:
         self.prompt, self.seed, self.limit = prompt, seed, limit
         self.ids: list[int] = []
         self.logprobs: list[float] = []
         self.drawn: list[float] = []
+        self.support: list[tuple[int, ...]] = []
         self.generator: torch.Generator
 
     def start(self) -> None:
@@ -188,6 +194,7 @@ class _Settings:
     vocabulary: int | None
     mixture: Mixture | None
     logprobs: bool
+    support: bool
 
 
 class _Decoder(nn.Module):
@@ -245,14 +252,17 @@ class _Decoder(nn.Module):
         own, *others = (rows[:, :width] for rows in logits)
         other = (others[0].to(own.device), how.mixture.alpha) if how.mixture else None
         generators = [job.generator for job in running]
-        tokens, values = next_tokens(own, how.sampling, generators, other=other, logprobs=how.logprobs)
-        for job, token in zip(running, tokens.tolist(), strict=True):
+        found = next_tokens(own, how.sampling, generators, other=other, logprobs=how.logprobs, support=how.support)
+        for job, token in zip(running, found.tokens.tolist(), strict=True):
             job.ids.append(token)
-        if values is not None:
-            for job, model, drawn in zip(running, *values.tolist(), strict=True):
+        if found.logprobs is not None:
+            for job, model, drawn in zip(running, *found.logprobs.tolist(), strict=True):
                 job.logprobs.append(model)
                 job.drawn.append(drawn)
-        return tokens
+        if found.kept is not None:
+            for job, kept in zip(running, found.kept.cpu(), strict=True):
+                job.support.append(tuple(kept.nonzero()[:, 0].tolist()))
+        return found.tokens
 
     def _goes_on(self, job: _Job) -> bool:
         return len(job.ids) < job.limit and job.ids[-1] not in self._settings.stop_ids

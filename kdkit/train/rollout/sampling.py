@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from kdkit.api import Sampling
 
-__all__ = ["Mixture", "draw", "next_tokens", "warp"]
+__all__ = ["Drawn", "Mixture", "cuts", "draw", "next_tokens", "warp"]
 
 _NUCLEUS: Final = 1024
 """Most probable tokens that are sorted at first; a nucleus that needs more sorts the whole vocabulary."""
@@ -28,7 +28,9 @@ _CHUNK: Final = 256
 class Mixture:
     """A second model that takes part in every draw: (1 - alpha) q + alpha p (MiniLLM, Gu et al. 2024, section 2.2).
 
-    Both distributions are over the same leading ids, and both are warped in the same way before they are mixed.
+    Both distributions are over the same leading ids and at the same temperature. Top-k and top-p say which tokens the
+    model that decodes keeps; the other one is restricted to the same tokens and renormalised. Were it cut by its own
+    rule, tokens could be drawn that the first model gives no probability, and no importance weight corrects that.
 
     Attributes:
         model: The teacher, in evaluation mode and on the device of the model that decodes.
@@ -99,6 +101,26 @@ def _place(cumulative: Tensor, target: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, torch.minimum(target, last), right=True)
 
 
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """The next tokens of B rows.
+
+    Attributes:
+        tokens: [B] int64.
+        logprobs: [2, B] in nats, of the model and as it was drawn; None unless asked for.
+        kept: [B, V] bool, what top-k and top-p of the model kept; None unless asked for, or when they keep all.
+    """
+
+    tokens: Tensor
+    logprobs: Tensor | None = None
+    kept: Tensor | None = None
+
+
+def cuts(sampling: Sampling) -> bool:
+    """Whether top-k or top-p may leave tokens out."""
+    return sampling.do_sample and (sampling.top_k > 0 or sampling.top_p < 1.0)
+
+
 def next_tokens(
     logits: Tensor,
     sampling: Sampling,
@@ -106,8 +128,9 @@ def next_tokens(
     *,
     other: tuple[Tensor, float] | None = None,
     logprobs: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """Next token of every row, [B], and if asked for, its log-probabilities [2, B]: of the model, and as it was drawn.
+    support: bool = False,
+) -> Drawn:
+    """Next token of every row.
 
     Args:
         logits: [B, V] of the model.
@@ -115,22 +138,31 @@ def next_tokens(
         generators: One per row; a token depends on its own row's only.
         other: Logits [B, V] and share of the model that is mixed in.
         logprobs: Whether they are wanted.
+        support: Whether the kept tokens are wanted.
     """
     if other is None and not sampling.do_sample and not logprobs:
-        return logits.argmax(dim=-1), None
+        return Drawn(logits.argmax(dim=-1))
     scores = warp(logits, sampling)
+    kept = scores > -torch.inf if cuts(sampling) else None
     if other is None and not sampling.do_sample:
         tokens = scores.argmax(dim=-1)
     else:
         weights = scores.softmax(dim=-1)
         if other is not None:
-            weights = torch.lerp(weights, warp(other[0], sampling).softmax(dim=-1), other[1])
+            weights = torch.lerp(weights, _within(other[0], sampling, kept).softmax(dim=-1), other[1])
         tokens = draw(weights, _uniform(generators)) if sampling.do_sample else weights.argmax(dim=-1)
-    if not logprobs:
-        return tokens, None
-    taken = tokens.unsqueeze(1)
-    own = (scores.gather(1, taken) - scores.logsumexp(dim=-1, keepdim=True))[:, 0]
-    return tokens, torch.stack([own, own if other is None else weights.gather(1, taken)[:, 0].log()])
+    values = None
+    if logprobs:
+        taken = tokens.unsqueeze(1)
+        own = (scores.gather(1, taken) - scores.logsumexp(dim=-1, keepdim=True))[:, 0]
+        values = torch.stack([own, own if other is None else weights.gather(1, taken)[:, 0].log()])
+    return Drawn(tokens, values, kept if support else None)
+
+
+def _within(logits: Tensor, sampling: Sampling, kept: Tensor | None) -> Tensor:
+    """The other model's logits at the same temperature, -inf where the first one keeps nothing."""
+    scores = upcast(logits) / sampling.temperature if sampling.do_sample else upcast(logits)
+    return scores if kept is None else scores.masked_fill(~kept, -torch.inf)
 
 
 def _uniform(generators: Sequence[torch.Generator]) -> Tensor:

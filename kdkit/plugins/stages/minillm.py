@@ -1,0 +1,253 @@
+"""The minillm stage: prompts, rollouts, the streams of a step, and the shared loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kdkit.api.artifacts import Model
+from kdkit.api.errors import DataError, StageError
+from kdkit.api.protocols import RolloutModel
+from kdkit.models.chat import ChatEncoder
+from kdkit.models.load import check_same_vocabulary, vocabulary
+from kdkit.plugins.stages.served import check_same_teacher
+from kdkit.plugins.stages.training import Student, load_student, save_student, stop_where_trained
+from kdkit.train.batching import DataOrder
+from kdkit.train.divergences import forward_kl, log_classes, reverse_kl
+from kdkit.train.encoding import encode_rows
+from kdkit.train.loop import Task, train
+from kdkit.train.objective import LossTerm
+from kdkit.train.policy.buffer import RolloutBuffer
+from kdkit.train.policy.returns import Estimator
+from kdkit.train.policy.rollouts import Answers, MiniLLMRollouts, Prompt
+from kdkit.train.policy.scoring import Scorer
+from kdkit.train.rollout import Decoded, Mixture, stop_ids
+from kdkit.train.streams import DataRows, Stream
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kdkit.api import Component, StageContext, Teacher, TokenLossInputs
+    from kdkit.api.protocols import DatasetLoader, StageOutputs
+    from kdkit.models.chat import Encoded
+    from kdkit.plugins.stages.minillm_plugin import MiniLLMStageParams
+
+__all__ = ["run"]
+
+
+def run(params: MiniLLMStageParams, ctx: StageContext) -> StageOutputs:
+    """Train on the student's own answers.
+
+    Raises:
+        ModelError: Teacher and student have different vocabularies.
+        DataError: No prompt is left.
+    """
+    student = load_student(params.model, ctx)
+    teacher = ctx.build(params.teacher)
+    try:
+        shared = check_same_vocabulary(vocabulary(student.tokenizer, student.model), teacher.vocabulary)
+        check_same_teacher(teacher, ctx)
+        return {"model": _Stage(params, ctx, student, teacher, shared).run()}
+    finally:
+        teacher.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _Stage:
+    """What the parts of the stage have in common; ``shared``: leading entries that both models have."""
+
+    params: MiniLLMStageParams
+    ctx: StageContext
+    student: Student
+    teacher: Teacher
+    shared: int
+
+    def run(self) -> Model:
+        params, ctx, student = self.params, self.ctx, self.student
+        encoder = ChatEncoder(student.tokenizer)
+        # Before the work: what cannot be saved afterwards must not be found out afterwards.
+        stop_where_trained(student.model, encoder)
+        precision = ctx.precision(params.precision)
+        compute = torch.bfloat16 if precision == "bf16" else torch.float32
+        rows = partial(_rows, encoder=encoder, params=params, ctx=ctx)
+        streams = [self._own(encoder, compute), *self._lm(rows)]
+        held_out = [row for component in params.eval_data or () for row in rows(component)[: params.eval_rows]]
+        result = train(Task(student.model, streams, held_out), params, ctx, compute=compute)
+        method = f"{', '.join(loss.name for loss in params.losses)} on its own answers"
+        return save_student(params, ctx, student, result, precision=precision, method=method)
+
+    def _own(self, encoder: ChatEncoder, compute: torch.dtype) -> Stream:
+        """The student's own answers."""
+        params, ctx, model = self.params, self.ctx, self.student.model
+        prompts = [_prompts(component, encoder, params, ctx) for component in params.data]
+        weights = [component.weight for component in params.data]
+        rollouts = MiniLLMRollouts(
+            model=model,
+            prompts=prompts,
+            order=DataOrder([len(part) for part in prompts], weights, ctx.seed_for("data-order")),
+            count=params.num_rollouts,
+            seed=ctx.seed_for("rollouts"),
+            answers=self._answers(encoder, compute),
+            stop_ids=stop_ids(model, encoder),
+            scorer=Scorer(
+                model,
+                self.teacher.signals,
+                params.teacher.name,
+                params.sampling.temperature,
+                self.shared,
+                compute,
+                batch_size=params.per_device_train_batch_size,
+                padding_free=params.padding_free,
+            ),
+            estimator=_estimator(params),
+            log=ctx.log,
+        )
+        buffer = RolloutBuffer(
+            rollouts.make,
+            num_rollouts=params.num_rollouts,
+            ppo_epochs=params.ppo_epochs,
+            seed=ctx.seed_for("rollout-order"),
+            per_pass=sum(map(len, prompts)),
+            facts=rollouts.facts,
+        )
+        signals = self.teacher.signals if params.decomposes else None
+        return Stream(list(self._terms()), buffer, signals, params.sampling.temperature)
+
+    def _terms(self) -> Iterator[LossTerm]:
+        for loss in self.params.losses:
+            yield LossTerm(loss.name, loss.weight, self.ctx.build(loss), self.shared, "policy")
+        if self.params.decomposes:
+            yield LossTerm("single-step", self.params.minillm_weight, _reverse_kl, self.shared, sampled=True)
+
+    def _lm(self, rows: Any) -> Iterator[Stream]:
+        """The data that the student must not forget."""
+        params = self.params
+        if params.lm_data is None:
+            return
+        terms = []
+        if params.kd_ratio < 1:
+            terms.append(LossTerm("lm/cross-entropy", params.lm_coef * (1 - params.kd_ratio), _cross_entropy))
+        if params.kd_ratio:
+            terms.append(LossTerm("lm/forward-kl", params.lm_coef * params.kd_ratio, _forward_kl, self.shared))
+        weights = [component.weight for component in params.lm_data]
+        source = DataRows([rows(component) for component in params.lm_data], weights, self.ctx.seed_for("lm-order"))
+        yield Stream(terms, source, self.teacher.signals if params.kd_ratio else None)
+
+    def _answers(self, encoder: ChatEncoder, compute: torch.dtype) -> Answers:
+        """Decoding by the engine of the recipe."""
+        params, student = self.params, self.student
+        live = RolloutModel(path=student.artifact.path, tokenizer=student.tokenizer, live=student.model)
+        engine: Any = self.ctx.build(params.rollout, live)
+        if not params.rollout.found.spec.mixes:  # type: ignore[attr-defined]
+            return partial(self._foreign, engine, encoder)
+        mixture = Mixture(self._mixed_in(), params.alpha) if params.alpha else None
+
+        def answers(prompts: Sequence[Sequence[int]], seeds: Sequence[int], limits: Sequence[int]) -> Sequence[Decoded]:
+            options = {"limits": limits, "vocabulary": self.shared, "compute": compute, "mixture": mixture}
+            found: Sequence[Decoded] = engine.decode(prompts, params.sampling, seeds, **options)
+            return found
+
+        return answers
+
+    def _mixed_in(self) -> Any:
+        model = getattr(self.teacher, "model", None)
+        if model is None:
+            raise StageError(
+                f"the teacher '{self.params.teacher.name}' has no model that can take part in the sampling",
+                hint="set teacher_mixed_alpha: 0, or use the teacher local",
+            )
+        return model
+
+    def _foreign(
+        self,
+        engine: Any,
+        encoder: ChatEncoder,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        limits: Sequence[int],
+    ) -> list[Decoded]:
+        """Answers of another engine, which leaves out the end token and knows nothing of the teacher."""
+        completions = engine.generate(prompts, self.params.sampling, seeds)
+        where = f"rollout {self.params.rollout.name}"
+        if len(completions) != len(prompts):
+            raise StageError(f"{len(completions)} answers to {len(prompts)} prompts", where=where)
+        end = encoder.stop_ids()[-1]
+        decoded = []
+        for completion, limit in zip(completions, limits, strict=True):
+            ids = [*completion.token_ids, *([] if completion.truncated else [end])][:limit]
+            if not ids or max(ids) >= self.shared:
+                what = "no token" if not ids else f"token {max(ids)}; student and teacher share {self.shared}"
+                raise StageError(f"an answer has {what}", where=where)
+            decoded.append(Decoded(ids, [], []))
+        return decoded
+
+
+def _estimator(params: MiniLLMStageParams) -> Estimator:
+    return Estimator(
+        alpha=params.alpha,
+        gamma=params.gamma,
+        reward_scaling=params.reward_scaling,
+        cliprange_reward=params.cliprange_reward,
+        length_normalization=params.length_norm,
+        single_step_decomposition=params.decomposes,
+        parity=params.parity,
+        importance=params.importance,
+        whiten=params.whiten,
+        width=params.sampling.max_new_tokens,
+    )
+
+
+def _prompts(
+    component: Component[DatasetLoader], encoder: ChatEncoder, params: MiniLLMStageParams, ctx: StageContext
+) -> list[Prompt]:
+    """Prompts that leave room for an answer; those that do not are counted."""
+    examples, longest = ctx.load(component).examples, params.sampling.max_new_tokens
+    least = longest if params.overlong == "drop" else 1
+    made = [(example.id, tuple(encoder.prompt(example))) for example in examples]
+    kept = [
+        Prompt(name, ids, min(longest, params.max_length - len(ids)))
+        for name, ids in made
+        if params.max_length - len(ids) >= least
+    ]
+    where, lost = f"dataset {component.name}", len(made) - len(kept)
+    room = f"max_length={params.max_length} leaves {least} tokens for an answer"
+    if not kept:
+        shortest = min((len(ids) for _, ids in made), default=0)
+        raise DataError(
+            f"no prompt of {len(made)} is so short that {room}; the shortest has {shortest} tokens",
+            where=where,
+            hint="raise max_length, lower sampling.max_new_tokens, or set overlong: truncate",
+        )
+    if lost:
+        ctx.log(f"{where}: {len(kept)} of {len(made)} prompts kept; the others are too long, where {room}")
+    return kept
+
+
+def _rows(
+    component: Component[DatasetLoader], *, encoder: ChatEncoder, params: MiniLLMStageParams, ctx: StageContext
+) -> list[Encoded]:
+    """Rows of data with their answers."""
+    return encode_rows(
+        ctx.load(component).examples,
+        encoder,
+        max_length=params.max_length,
+        overlong=params.overlong,
+        log=ctx.log,
+        name=f"dataset {component.name}",
+    )
+
+
+def _reverse_kl(x: TokenLossInputs) -> Tensor:
+    return reverse_kl(*log_classes(x, 1.0))
+
+
+def _forward_kl(x: TokenLossInputs) -> Tensor:
+    return forward_kl(*log_classes(x, 1.0))
+
+
+def _cross_entropy(x: TokenLossInputs) -> Tensor:
+    return torch.nn.functional.cross_entropy(x.student_logits, x.labels, reduction="none")
