@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-__all__ = ["Answers", "MiniLLMRollouts", "Prompt"]
+    from kdkit.api import Example
+
+__all__ = ["Answers", "MiniLLMRollouts", "Prompt", "measured", "unscored"]
 
 Answers: TypeAlias = "Callable[[Sequence[Sequence[int]], Sequence[int], Sequence[int]], Sequence[Decoded]]"
 """Token ids with the end token for prompts, given a seed and the longest answer of each."""
@@ -29,11 +31,16 @@ Answers: TypeAlias = "Callable[[Sequence[Sequence[int]], Sequence[int], Sequence
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A prompt, and how many tokens its answer may have; ``id`` is that of the row."""
+    """A prompt, and how many tokens its answer may have; ``id`` is that of the row.
+
+    Rewards see the ``example`` and the prompt as ``text``, as the model reads it.
+    """
 
     id: str
     ids: tuple[int, ...]
     limit: int
+    example: Example | None = None
+    text: str = ""
 
 
 @dataclass(slots=True)
@@ -77,11 +84,12 @@ class MiniLLMRollouts:
             started = time.monotonic()
             decoded = self.answers([prompt.ids for prompt in chosen], seeds, [prompt.limit for prompt in chosen])
             seconds = time.monotonic() - started
-            rows = [_unscored(place, *both) for place, both in enumerate(zip(chosen, decoded, strict=True))]
+            rows = [unscored(place, *both) for place, both in enumerate(zip(chosen, decoded, strict=True))]
             rows = self.scorer(rows)
         old, teacher, mask = _padded([row.old_logprobs for row in rows], [row.teacher_logprobs or () for row in rows])
         estimate = self.estimator(teacher, old, mask)
-        facts = self._measured(decoded, seconds, rows) | _credited(teacher, old, mask, estimate, self.estimator.alpha)
+        facts = measured(decoded, seconds, rows, self.stop_ids)
+        facts |= _credited(teacher, old, mask, estimate, self.estimator.alpha)
         self._facts.append(facts)
         self.log(_line(iteration, len(rows), facts))
         return [_credit(row, place, estimate) for place, row in enumerate(rows)]
@@ -96,21 +104,33 @@ class MiniLLMRollouts:
         made, self._facts = self._facts, []
         return {name: sum(facts[name] for facts in made) / len(made) for name in (made[0] if made else ())}
 
-    def _measured(self, decoded: Sequence[Decoded], seconds: float, rows: Sequence[PolicyRow]) -> dict[str, float]:
-        tokens = sum(len(answer.ids) for answer in decoded)
-        truncated = sum(answer.ids[-1] not in self.stop_ids for answer in decoded)
-        values = {
-            "answer_tokens": tokens / len(decoded),
-            "truncated_share": truncated / len(decoded),
-            "generation_tokens_per_s": tokens / max(seconds, 1e-9),
-        }
-        if all(answer.logprobs for answer in decoded):
-            recomputed = [torch.tensor(row.old_logprobs, dtype=torch.float64) for row in rows]
-            values |= mismatch([answer.logprobs for answer in decoded], recomputed).metrics()
-        return values
+
+def measured(
+    decoded: Sequence[Decoded], seconds: float, rows: Sequence[PolicyRow], stop_ids: Sequence[int]
+) -> dict[str, float]:
+    """What there is to say about any answers: ``answer_tokens`` with the end token, ``truncated_share``,
+    ``generation_tokens_per_s``, and how far decoding is from the forward pass of training (``mismatch_*``, nats).
+
+    Args:
+        decoded: The answers.
+        seconds: What decoding them took.
+        rows: The same answers with their log-probabilities from the training forward.
+        stop_ids: Ids that end an answer.
+    """
+    tokens = sum(len(answer.ids) for answer in decoded)
+    truncated = sum(answer.ids[-1] not in stop_ids for answer in decoded)
+    values = {
+        "answer_tokens": tokens / len(decoded),
+        "truncated_share": truncated / len(decoded),
+        "generation_tokens_per_s": tokens / max(seconds, 1e-9),
+    }
+    if all(answer.logprobs for answer in decoded):
+        recomputed = [torch.tensor(row.old_logprobs, dtype=torch.float64) for row in rows]
+        values |= mismatch([answer.logprobs for answer in decoded], recomputed).metrics()
+    return values
 
 
-def _unscored(place: int, prompt: Prompt, answer: Decoded) -> PolicyRow:
+def unscored(place: int, prompt: Prompt, answer: Decoded) -> PolicyRow:
     """Prompt and answer, whose tokens are learned, the end token included; a truncated answer has none."""
     zeros = (0.0,) * len(answer.ids)
     return PolicyRow(

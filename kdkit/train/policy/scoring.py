@@ -1,4 +1,4 @@
-"""Log-probabilities of sampled tokens under the policy that sampled them and under the teacher.
+"""Log-probabilities of sampled tokens under the policy that sampled them, a teacher and a frozen reference.
 
 They are taken as the policy losses take them: from the forward pass of training, over the shared vocabulary, at the
 temperature of the sampling, and over the tokens that top-k and top-p kept. So at the first update every ratio is one,
@@ -7,6 +7,7 @@ up to rounding.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
@@ -24,7 +25,7 @@ from kdkit.train.objective import valid_hidden
 from kdkit.train.packing import isolates, pack
 from kdkit.train.policy.batch import PolicyBatch, policy_batch
 from kdkit.train.policy.rows import PolicyRow
-from kdkit.train.policy.terms import taken_logprobs
+from kdkit.train.policy.terms import Taken, taken_logprobs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Scorer"]
 
+_ENTROPY: Final = "entropy"
 _HALF: Final = frozenset({torch.bfloat16, torch.float16})
 
 
@@ -45,76 +47,99 @@ class Scorer:
 
     Attributes:
         model: The student, in evaluation mode when it is called.
-        signals: The teacher's view of a batch.
+        signals: The teacher's view of a batch; None without a teacher.
         teacher: Its name, for errors.
         temperature: Of the sampling.
-        vocabulary: Leading entries that both models have.
+        vocabulary: Leading entries that all of the models have.
         compute: Precision of the student's matrix products, as in training.
         batch_size: Rows of a forward pass.
         padding_free: Rows lie end to end, for models that keep them apart.
+        reference: A frozen model with the student's vocabulary, in its own precision.
     """
 
     model: PreTrainedModel
-    signals: Callable[[TokenBatch], TeacherSignals]
+    signals: Callable[[TokenBatch], TeacherSignals] | None
     teacher: str
     temperature: float
     vocabulary: int
     compute: torch.dtype
     batch_size: int
     padding_free: bool = True
+    reference: PreTrainedModel | None = None
 
-    @torch.no_grad()
     def __call__(self, rows: Sequence[PolicyRow]) -> list[PolicyRow]:
-        """The rows with ``old_logprobs`` and ``teacher_logprobs``, in their order.
+        """The rows with ``old_logprobs``, and those of teacher and reference if there are any, in their order.
 
         Raises:
             StageError: The teacher does not say how probable a sampled token is.
         """
+        return self.score(rows)[0]
+
+    @torch.no_grad()
+    def score(self, rows: Sequence[PolicyRow]) -> tuple[list[PolicyRow], float]:
+        """As for a call, with the mean entropy in nats of what the tokens were sampled from."""
         numbered = [replace(row, id=str(place)) for place, row in enumerate(rows)]
         half, device = self.compute in _HALF, self.model.device.type
         with torch.autocast(device, self.compute, enabled=half):
             packed = self.padding_free and isolates(split(self.model).trunk)
-        lay, found = self._lay(packed=packed), dict[int, tuple[tuple[float, ...], tuple[float, ...]]]()
+        lay, found = self._lay(packed=packed), dict[int, dict[str, tuple[float, ...]]]()
         for part in micro_batches(numbered, self.batch_size):
             batch, policy = policy_batch([numbered[int(row.id)] for row in part], lay, self.temperature)
-            old, teacher = self._batch(batch, policy)
             sizes = policy.lengths.tolist()
-            pairs = zip(batch.example_ids, old.cpu().split(sizes), teacher.cpu().split(sizes), strict=True)
-            found |= {int(place): (tuple(q.tolist()), tuple(p.tolist())) for place, q, p in pairs}
-        return [
-            replace(row, old_logprobs=found[place][0], teacher_logprobs=found[place][1])
-            for place, row in enumerate(rows)
-        ]
+            cut = {name: values.cpu().split(sizes) for name, values in self._batch(batch, policy).items()}
+            for index, place in enumerate(batch.example_ids):
+                found[int(place)] = {name: tuple(parts[index].tolist()) for name, parts in cut.items()}
+        entropies = [value for place in range(len(rows)) for value in found[place].pop(_ENTROPY)]
+        made: list[PolicyRow] = [replace(row, **found[place]) for place, row in enumerate(rows)]  # type: ignore[arg-type]
+        return made, math.fsum(entropies) / len(entropies)
 
     def _lay(self, *, packed: bool) -> Callable[[Sequence[Encoded]], TokenBatch]:
         limit = getattr(self.model.config, "max_position_embeddings", None)
         device = self.model.device
         return lambda rows: pack(rows, device=device, limit=limit) if packed else collate(rows, device=device)
 
-    def _batch(self, batch: TokenBatch, policy: PolicyBatch) -> tuple[Tensor, Tensor]:
-        """[N] under the student and [N] under the teacher, of all taken tokens."""
-        parts = split(self.model)
-        with torch.autocast(batch.input_ids.device.type, self.compute, enabled=self.compute in _HALF):
-            hidden = valid_hidden(parts.trunk, batch)
+    def _batch(self, batch: TokenBatch, policy: PolicyBatch) -> dict[str, Tensor]:
+        """[N] of all taken tokens: log-probabilities by the names of fields of rows, and the student's entropy."""
+        hidden = self._hidden(self.model, batch)
+        reference = None if self.reference is None else self._hidden(self.reference, batch)
         labels = batch.input_ids[:, 1:][batch.labels_mask[:, 1:]]
-        head, signals = parts.head, self.signals(batch)
-        weight, bias = (None if p is None else p.to(self.compute) for p in (head.weight, head.bias))
-        size = block_tokens(int(head.weight.shape[0]))
-        old, teacher = [], []
+        signals = None if self.signals is None else self.signals(batch)
+        size = block_tokens(int(split(self.model).head.weight.shape[0]))
+        found: dict[str, list[Tensor]] = {}
         for start in range(0, len(labels), size):
             stop = min(start + size, len(labels))
             kept = policy.support.kept(start, stop, self.vocabulary, labels.device) if policy.support else None
-            projected = nn.functional.linear(hidden[start:stop].to(self.compute), weight, bias)
-            old.append(self._taken(upcast(parts.transform(upcast(projected))), labels[start:stop], kept))
-            teacher.append(self._of_teacher(signals.block(start, stop), labels[start:stop], kept))
-        return torch.cat(old), torch.cat(teacher)
+            own = self._taken(self._logits(self.model, hidden[start:stop]), labels[start:stop], kept)
+            found.setdefault("old_logprobs", []).append(own.logprobs)
+            if own.entropy is not None:
+                found.setdefault(_ENTROPY, []).append(own.entropy)
+            if signals is not None:
+                teacher = self._of_teacher(signals.block(start, stop), labels[start:stop], kept)
+                found.setdefault("teacher_logprobs", []).append(teacher)
+            if self.reference is not None and reference is not None:
+                logits = self._logits(self.reference, reference[start:stop])
+                frozen = self._taken(logits, labels[start:stop], kept, entropy=False)
+                found.setdefault("ref_logprobs", []).append(frozen.logprobs)
+        return {name: torch.cat(parts) for name, parts in found.items()}
 
-    def _taken(self, logits: Tensor, labels: Tensor, kept: Tensor | None) -> Tensor:
-        return taken_logprobs(logits[:, : self.vocabulary], labels, temperature=self.temperature, kept=kept).logprobs
+    def _hidden(self, model: PreTrainedModel, batch: TokenBatch) -> Tensor:
+        with torch.autocast(batch.input_ids.device.type, self.compute, enabled=self.compute in _HALF):
+            return valid_hidden(split(model).trunk, batch)
+
+    def _logits(self, model: PreTrainedModel, hidden: Tensor) -> Tensor:
+        parts = split(model)
+        weight, bias = (None if p is None else p.to(self.compute) for p in (parts.head.weight, parts.head.bias))
+        projected = nn.functional.linear(hidden.to(self.compute), weight, bias)
+        return upcast(parts.transform(upcast(projected)))
+
+    def _taken(self, logits: Tensor, labels: Tensor, kept: Tensor | None, *, entropy: bool = True) -> Taken:
+        return taken_logprobs(
+            logits[:, : self.vocabulary], labels, temperature=self.temperature, kept=kept, entropy=entropy
+        )
 
     def _of_teacher(self, signal: TeacherSignal, labels: Tensor, kept: Tensor | None) -> Tensor:
         if isinstance(signal, Dense):
-            return self._taken(upcast(signal.logits), labels, kept)
+            return self._taken(upcast(signal.logits), labels, kept, entropy=False).logprobs
         if signal.taken is None:
             raise StageError(
                 f"the teacher '{self.teacher}' does not give the log-probability of the sampled token, only of its "
