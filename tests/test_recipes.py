@@ -124,6 +124,50 @@ def test_kd_cache_trains_from_what_the_teacher_said(tiny, tmp_path):
     assert models["sft"]["metrics"]["teacher-kl"]["value"] != pytest.approx(live, rel=0.01)
 
 
+def test_minillm_goes_on_from_the_quickstarts_student(tiny, tmp_path):
+    small: dict = {
+        "stages.answers.data.max_rows": 61,
+        "stages.answers.sampling": {"do_sample": True, "max_new_tokens": 300},
+        "stages.eval.sampling.max_new_tokens": 8,
+        "stages.eval.data.test_fraction": 0.4,
+        "stages.minillm.sampling.max_new_tokens": 8,
+        "stages.minillm.num_rollouts": 4,
+        "stages.sft.max_steps": 2,
+    }
+    for student in ("sft", "fkl", "minillm"):
+        small |= {f"stages.{student}.max_length": 2000, f"stages.{student}.per_device_train_batch_size": 2}
+    var = {"teacher": str(tiny), "student": {"from": str(tiny), "keep_layers": 2}, "steps": 5, "fkl_steps": 2}
+    result = kdkit.run(ROOT / "recipes" / "minillm.yaml", set=small, var=var, out=tmp_path, inline=True)
+    assert result.ok, result.error
+    models = result.report["models"]
+    assert list(models) == ["base", "sft", "fkl", "minillm", "teacher"]
+    for facts in models.values():
+        assert set(facts["metrics"]) == {"rouge-l", "distinct-2", "length", "teacher-kl", "student-kl"}
+        assert facts["metrics"]["student-kl"]["n"] > 3
+    before = models["sft"]["trained_tokens"]
+    assert before < models["minillm"]["trained_tokens"] <= before + 5 * 2 * 8
+    assert models["teacher"]["metrics"]["student-kl"]["value"] < 1e-6
+    values = {models[name]["metrics"]["student-kl"]["value"] for name in ("sft", "fkl", "minillm")}
+    assert len(values) == 3
+
+
+def test_minillm_has_the_answers_and_the_student_of_the_quickstart():
+    ours, quickstart = (load_recipe(ROOT / "recipes" / f"{name}.yaml").stages for name in ("minillm", "quickstart"))
+    for stage in ("answers", "sft"):
+        assert repr(ours[stage].params) == repr(quickstart[stage].params)
+    fields = {
+        "learning_rate",
+        "max_steps",
+        "warmup_ratio",
+        "per_device_train_batch_size",
+        "max_length",
+        "model",
+        "data",
+    }
+    for field in fields:
+        assert repr(getattr(ours["fkl"].params, field)) == repr(getattr(ours["minillm"].params, field))
+
+
 def small_paper(recipe: Path, tiny: Path, source: Path, tmp_path: Path) -> dict:
     """Settings that cut a paper recipe down to seconds on the rows that ship with kdkit."""
     var: dict = {"teacher": str(tiny), "student": {"from": str(tiny), "keep_layers": 2}}

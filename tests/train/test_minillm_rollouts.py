@@ -19,6 +19,7 @@ from kdkit.testing.tiny import tiny_model
 from kdkit.train.batching import DataOrder
 from kdkit.train.loop import Task, train
 from kdkit.train.objective import LossTerm, valid_hidden
+from kdkit.train.optim import adamw
 from kdkit.train.packing import unpack
 from kdkit.train.policy.returns import Estimator
 from kdkit.train.policy.rollouts import MiniLLMRollouts, Prompt
@@ -271,7 +272,8 @@ def naive(rows: list[PolicyRow], sampling):
             value = value + row.token_weights[number] * (log_q.exp() * (log_q - log_p)).sum()
             total = total + 0.7 * value / tokens
     total.backward()
-    return float(total.detach()), flat({name: p.grad for name, p in model.named_parameters()}.values())
+    groups = adamw(model, params()).param_groups
+    return float(total.detach()), flat([p.grad for group in groups for p in group["params"]])
 
 
 @pytest.mark.parametrize("sampling", [PLAIN, CUT], ids=["plain", "cut"])
