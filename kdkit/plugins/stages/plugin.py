@@ -26,6 +26,7 @@ from kdkit.api import (
 from kdkit.api.protocols import DatasetLoader, Loss, Metric, Reward, RolloutEngine, StageOutputs, Teacher
 from kdkit.plugins.stages.caching_plugin import CACHE_TEACHER
 from kdkit.plugins.stages.checks import check_distill, check_evaluate, check_generate, check_sft
+from kdkit.plugins.stages.grpo_plugin import GRPO
 from kdkit.plugins.stages.minillm_plugin import MINILLM
 from kdkit.train.params import TrainParams
 
@@ -187,6 +188,7 @@ def kdkit_stages() -> Iterator[StageSpec[Any]]:
         version=2,
     )
     yield MINILLM
+    yield GRPO
     yield StageSpec(
         name="generate",
         summary="Let a teacher answer prompts and keep the answers as a dataset",

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from kdkit.api import Example
 
-__all__ = ["Answers", "MiniLLMRollouts", "Prompt", "measured", "unscored"]
+__all__ = ["Answers", "MiniLLMRollouts", "Prompt", "lengths", "mismatches", "unscored"]
 
 Answers: TypeAlias = "Callable[[Sequence[Sequence[int]], Sequence[int], Sequence[int]], Sequence[Decoded]]"
 """Token ids with the end token for prompts, given a seed and the longest answer of each."""
@@ -88,7 +88,7 @@ class MiniLLMRollouts:
             rows = self.scorer(rows)
         old, teacher, mask = _padded([row.old_logprobs for row in rows], [row.teacher_logprobs or () for row in rows])
         estimate = self.estimator(teacher, old, mask)
-        facts = measured(decoded, seconds, rows, self.stop_ids)
+        facts = lengths(decoded, seconds, self.stop_ids) | mismatches(decoded, rows)
         facts |= _credited(teacher, old, mask, estimate, self.estimator.alpha)
         self._facts.append(facts)
         self.log(_line(iteration, len(rows), facts))
@@ -105,29 +105,34 @@ class MiniLLMRollouts:
         return {name: sum(facts[name] for facts in made) / len(made) for name in (made[0] if made else ())}
 
 
-def measured(
-    decoded: Sequence[Decoded], seconds: float, rows: Sequence[PolicyRow], stop_ids: Sequence[int]
-) -> dict[str, float]:
-    """What there is to say about any answers: ``answer_tokens`` with the end token, ``truncated_share``,
-    ``generation_tokens_per_s``, and how far decoding is from the forward pass of training (``mismatch_*``, nats).
+def lengths(decoded: Sequence[Decoded], seconds: float, stop_ids: Sequence[int]) -> dict[str, float]:
+    """``answer_tokens`` with the end token, ``truncated_share`` and ``generation_tokens_per_s`` of any answers.
 
     Args:
         decoded: The answers.
         seconds: What decoding them took.
-        rows: The same answers with their log-probabilities from the training forward.
         stop_ids: Ids that end an answer.
     """
     tokens = sum(len(answer.ids) for answer in decoded)
     truncated = sum(answer.ids[-1] not in stop_ids for answer in decoded)
-    values = {
+    return {
         "answer_tokens": tokens / len(decoded),
         "truncated_share": truncated / len(decoded),
         "generation_tokens_per_s": tokens / max(seconds, 1e-9),
     }
-    if all(answer.logprobs for answer in decoded):
-        recomputed = [torch.tensor(row.old_logprobs, dtype=torch.float64) for row in rows]
-        values |= mismatch([answer.logprobs for answer in decoded], recomputed).metrics()
-    return values
+
+
+def mismatches(decoded: Sequence[Decoded], rows: Sequence[PolicyRow]) -> dict[str, float]:
+    """How far decoding is from the forward pass of training in nats; nothing when the engine does not say.
+
+    Args:
+        decoded: The answers.
+        rows: The same answers with their log-probabilities from the training forward.
+    """
+    if not all(answer.logprobs for answer in decoded):
+        return {}
+    recomputed = [torch.tensor(row.old_logprobs, dtype=torch.float64) for row in rows]
+    return mismatch([answer.logprobs for answer in decoded], recomputed).metrics()
 
 
 def unscored(place: int, prompt: Prompt, answer: Decoded) -> PolicyRow:

@@ -78,6 +78,8 @@ class Scorer:
     @torch.no_grad()
     def score(self, rows: Sequence[PolicyRow]) -> tuple[list[PolicyRow], float]:
         """As for a call, with the mean entropy in nats of what the tokens were sampled from."""
+        if self.reference is not None:
+            self.reference.to(self.model.device)  # type: ignore[arg-type]
         numbered = [replace(row, id=str(place)) for place, row in enumerate(rows)]
         half, device = self.compute in _HALF, self.model.device.type
         with torch.autocast(device, self.compute, enabled=half):
