@@ -50,7 +50,7 @@ class GRPOStageParams(TrainParams):
     ``group``, of all completions of the iteration (``batch``), or not at all: ``none`` does not favour prompts whose
     rewards differ little."""
     mask_truncated_completions: bool = False
-    """Learn nothing from completions that hit ``max_completion_length``. They still count in the mean of their group."""
+    """Learn nothing from completions that hit ``max_completion_length``. They count in the mean of their group."""
     resample_groups: int = Field(0, ge=0, le=16)
     """Dynamic sampling: how often groups whose rewards are all alike are replaced by those of other prompts, in an
     iteration. Such groups are counted in the log either way; those that are left teach nothing."""
