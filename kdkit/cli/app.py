@@ -36,7 +36,7 @@ Force = Annotated[
     list[str] | None, typer.Option("--force", metavar="STAGE", help="Run again although it is done; repeatable.")
 ]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Throw checkpoints away instead of resuming.")]
-Run = Annotated[str, typer.Argument(metavar="RUN", help="Run directory, RECIPE/TIME, or a recipe's name: its latest.")]
+Run = Annotated[str, typer.Argument(metavar="RUN", help="Run directory, RECIPE/TIME, a recipe's name for its latest, or LAST.")]
 Models = Annotated[
     list[str],
     typer.Option(
@@ -329,6 +329,24 @@ def runs_diff(a: Run, b: Run, *, out: Out = _RUNS, as_json: Json = False) -> Non
     from kdkit.cli.runs import diff_runs
 
     raise typer.Exit(diff_runs(a, b, out, as_json=as_json))
+
+
+@runs_app.command("rollouts")
+def runs_rollouts(
+    run: Run,
+    *,
+    stage: Annotated[str | None, typer.Option("--stage", help="Which stage, if several have rollouts.")] = None,
+    iteration: Annotated[int | None, typer.Option("--iteration", min=1, help="Only those of one iteration.")] = None,
+    worst: Annotated[int, typer.Option("--worst", min=0, metavar="N", help="Print the N with the lowest reward.")] = 0,
+    best: Annotated[int, typer.Option("--best", min=0, metavar="N", help="Print the N with the highest reward.")] = 0,
+    out: Out = _RUNS,
+    as_json: Json = False,
+) -> None:
+    """Read what a student wrote in a grpo stage, and what it was rewarded for."""
+    from kdkit.cli.rollouts import Choice, show_rollouts
+
+    choice = Choice(stage=stage, iteration=iteration, worst=worst, best=best)
+    raise typer.Exit(show_rollouts(run, out, choice, as_json=as_json))
 
 
 @models_app.command("pull")
