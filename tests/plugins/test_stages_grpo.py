@@ -170,7 +170,7 @@ def test_another_engine_answers(tmp_path, student):
     assert records[0].text.endswith("pass\n```")
     assert [record.truncated for record in records] == [place % 3 == 2 for place in range(16)]
     assert lines[0]["train/reward/correctness/unscorable"] == 1, "the rows have no tests"
-    assert records[0].notes == {"correctness": "no tests"}
+    assert records[0].notes == {"correctness": "no tests", "low": None}
     assert not any("mismatch" in name for name in lines[0])
 
 
