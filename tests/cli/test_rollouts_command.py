@@ -78,7 +78,7 @@ def test_what_cannot_be_found(kdkit_command, run, tmp_path):
     for arguments, expected in (
         (("nothing",), "there is no run 'nothing'"),
         (("zebra/2026-01-01",), "no stage of this run has rollouts"),
-        (("LAST", "--stage", "sft"), "stage 'sft' has no rollouts (allowed: grpo)"),
+        (("LAST", "--stage", "sft"), "stage 'sft' has no rollouts; allowed: grpo"),
         (("LAST", "--iteration", 7), "iteration 7 has no rollouts"),
     ):
         done = kdkit_command("runs", "rollouts", *arguments)
