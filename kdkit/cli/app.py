@@ -12,12 +12,12 @@ import typer
 from kdkit.api.errors import KdkitError
 from kdkit.cli.options import Json, Recipe, Sets, Variables, group
 from kdkit.cli.rewards_app import rewards_app
+from kdkit.cli.runs_app import RUNS, Out, runs_app
 
 __all__ = ["app", "main"]
 
 app = group("Turn a large language model into a small one from one YAML recipe.")
 plugins_app = group("See what is installed.")
-runs_app = group("Look at earlier runs.")
 models_app = group("Fetch and shrink models.")
 sandbox_app = group("Try what keeps generated programs from doing harm.")
 app.add_typer(plugins_app, name="plugins")
@@ -26,7 +26,6 @@ app.add_typer(models_app, name="models")
 app.add_typer(sandbox_app, name="sandbox")
 app.add_typer(rewards_app, name="rewards")
 
-Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Parent of the run directories.")]
 First = Annotated[
     str | None, typer.Option("--from", metavar="STAGE", help="Only this stage and those that depend on it.")
 ]
@@ -36,7 +35,6 @@ Force = Annotated[
     list[str] | None, typer.Option("--force", metavar="STAGE", help="Run again although it is done; repeatable.")
 ]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Throw checkpoints away instead of resuming.")]
-Run = Annotated[str, typer.Argument(metavar="RUN", help="Run directory, RECIPE/TIME, a recipe's name for its latest, or LAST.")]
 Models = Annotated[
     list[str],
     typer.Option(
@@ -53,7 +51,6 @@ PromptFile = Annotated[
         help="One prompt a line, or JSON Lines with 'prompt' or 'messages'; - is standard input.",
     ),
 ]
-_RUNS: Final = Path("runs")
 
 
 def _print_version(value: bool) -> None:  # noqa: FBT001 - typer calls it with the option's value
@@ -85,7 +82,7 @@ def run(
     *,
     sets: Sets = None,
     variables: Variables = None,
-    out: Out = _RUNS,
+    out: Out = RUNS,
     first: First = None,
     until: Until = None,
     only: Only = None,
@@ -305,48 +302,6 @@ def plugins_show(
     from kdkit.cli.plugins import show_plugin
 
     raise typer.Exit(show_plugin(kind, name, as_json))
-
-
-@runs_app.command("list")
-def runs_list(*, out: Out = _RUNS, as_json: Json = False) -> None:
-    """List all runs, the newest last."""
-    from kdkit.cli.runs import list_runs
-
-    raise typer.Exit(list_runs(out, as_json=as_json))
-
-
-@runs_app.command("show")
-def runs_show(run: Run, *, out: Out = _RUNS, as_json: Json = False) -> None:
-    """Show the stages of a run."""
-    from kdkit.cli.runs import show_run
-
-    raise typer.Exit(show_run(run, out, as_json=as_json))
-
-
-@runs_app.command("diff")
-def runs_diff(a: Run, b: Run, *, out: Out = _RUNS, as_json: Json = False) -> None:
-    """Show the parameters, keys and metrics in which two runs differ."""
-    from kdkit.cli.runs import diff_runs
-
-    raise typer.Exit(diff_runs(a, b, out, as_json=as_json))
-
-
-@runs_app.command("rollouts")
-def runs_rollouts(
-    run: Run,
-    *,
-    stage: Annotated[str | None, typer.Option("--stage", help="Which stage, if several have rollouts.")] = None,
-    iteration: Annotated[int | None, typer.Option("--iteration", min=1, help="Only those of one iteration.")] = None,
-    worst: Annotated[int, typer.Option("--worst", min=0, metavar="N", help="Print the N with the lowest reward.")] = 0,
-    best: Annotated[int, typer.Option("--best", min=0, metavar="N", help="Print the N with the highest reward.")] = 0,
-    out: Out = _RUNS,
-    as_json: Json = False,
-) -> None:
-    """Read what a student wrote in a grpo stage, and what it was rewarded for."""
-    from kdkit.cli.rollouts import Choice, show_rollouts
-
-    choice = Choice(stage=stage, iteration=iteration, worst=worst, best=best)
-    raise typer.Exit(show_rollouts(run, out, choice, as_json=as_json))
 
 
 @models_app.command("pull")

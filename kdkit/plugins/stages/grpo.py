@@ -135,7 +135,7 @@ class _Stage:
         """Optimiser steps before an iteration."""
         params = self.params
         rows = params.per_device_train_batch_size * params.gradient_accumulation_steps * PartialState().num_processes
-        return iteration * (params.num_rollouts // rows) * params.num_iterations
+        return int(iteration * (params.num_rollouts // rows) * params.num_iterations)
 
     def _keep(self, records: Sequence[Record]) -> None:
         if PartialState().is_main_process:
