@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 
 import kdkit
+from kdkit.plugins.stages.minillm import estimator_of
 from kdkit.plugins.stages.minillm_plugin import MiniLLMStageParams
+from kdkit.recipe import load_recipe
 from kdkit.testing.tiny import save_tiny_model
+from kdkit.train.policy.returns import Estimator
 
 ROWS = [{"prompt": f"What is {'very ' * (i % 4)}{i} + {i}?", "completion": f"It is {2 * i}."} for i in range(40)]
 DATA = {"use": "jsonl", "source": "./rows.jsonl", "split": "train", "test_fraction": 0.2}
@@ -253,6 +256,23 @@ def test_another_vocabulary_is_refused(tmp_path, models, tmp_path_factory):
     teacher = {"use": "local", "model": str(other)}
     result = kdkit.run(recipe(tmp_path, models, teacher=teacher), out=tmp_path / "runs", inline=True)
     assert "student and teacher have different vocabularies" in str(result.error)
+
+
+@pytest.mark.parametrize(("values", "changes"), [
+    ({}, {}),
+    ({"single_step": False}, {"single_step_decomposition": False}),
+    ({"losses": [{"use": "on-policy-reverse-kl"}]}, {"single_step_decomposition": False, "alpha": 0.0}),
+    ({"losses": [{"use": "on-policy-reverse-kl"}], "teacher_mixed_alpha": 0.5},
+     {"single_step_decomposition": False, "alpha": 0.5}),
+    ({"teacher_mixed_alpha": 0.0, "gamma": 1.0, "length_norm": False, "whiten": "paper", "reward_scaling": 0.5,
+      "cliprange_reward": 100.0, "importance": "per-decision", "parity": "code"},
+     {"alpha": 0.0, "gamma": 1.0, "length_normalization": False, "whiten": "paper", "reward_scaling": 0.5,
+      "cliprange_reward": 100.0, "importance": "per-decision", "parity": "code"}),
+])  # fmt: skip
+def test_every_parameter_of_the_estimate_arrives(tmp_path, models, values, changes):
+    stage = load_recipe(recipe(tmp_path, models, **values)).stages["own"]
+    wanted = {"alpha": 0.2, "gamma": 0.95, "single_step_decomposition": True, "width": 8, **changes}
+    assert estimator_of(stage.params) == Estimator(**wanted)
 
 
 def test_the_defaults():

@@ -162,9 +162,25 @@ def test_every_learned_token_gets_its_own_row(make, server, layout):
     assert sorted(sent) == [[10, 11, 12, 13, 14], [20, 21, 22], [30, 31, 32, 33, 34, 35, 36, 37]]
 
 
+def test_the_learned_tokens_themselves_have_log_probabilities_among_the_k_or_not(make):
+    batch = pack(ROWS)
+    order = {row.id: row for row in ROWS}
+    want, outside = [], 0
+    for row in (order[name] for name in batch.example_ids):
+        for position, learned in enumerate(row.learned):
+            if learned:
+                entries = faulty_server.row(row.ids[position], 4, position)
+                want.append(entries[str(row.ids[position])]["logprob"])
+                outside += want[-1] < min(sorted((e["logprob"] for e in entries.values()), reverse=True)[:4])
+    signals = make().signals(batch)
+    torch.testing.assert_close(signals.block(0, len(want)).taken, torch.tensor(want), atol=1e-6, rtol=0)
+    assert outside, "at some tokens the sent one is none of the four most probable"
+
+
 def test_blocks_are_slices_at_temperature_one(make):
     signals = make().signals(collate(ROWS))
     whole, part = signals.block(0, 6), signals.block(2, 5)
+    assert torch.equal(part.taken, whole.taken[2:5])
     assert torch.equal(part.ids, whole.ids[2:5])
     assert torch.equal(part.logprobs, whole.logprobs[2:5])
     assert part.temperature == 1.0

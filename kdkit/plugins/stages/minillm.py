@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from kdkit.models.chat import Encoded
     from kdkit.plugins.stages.minillm_plugin import MiniLLMStageParams
 
-__all__ = ["run"]
+__all__ = ["estimator_of", "run"]
 
 
 def run(params: MiniLLMStageParams, ctx: StageContext) -> StageOutputs:
@@ -104,7 +104,7 @@ class _Stage:
                 batch_size=params.per_device_train_batch_size,
                 padding_free=params.padding_free,
             ),
-            estimator=_estimator(params),
+            estimator=estimator_of(params),
             log=ctx.log,
         )
         buffer = RolloutBuffer(
@@ -163,7 +163,8 @@ class _Stage:
         return model
 
 
-def _estimator(params: MiniLLMStageParams) -> Estimator:
+def estimator_of(params: MiniLLMStageParams) -> Estimator:
+    """What the parameters say about rewards, returns and weights."""
     return Estimator(
         alpha=params.alpha,
         gamma=params.gamma,
