@@ -35,6 +35,7 @@ from kdkit.api.errors import (
     RecipeError,
     StageError,
 )
+from kdkit.api.hidden import HiddenSignals, HiddenTeacher
 from kdkit.api.hookspecs import RunFinished, StageFinished, StageStarted, hookimpl
 from kdkit.api.params import Params, Precision, Runtime, Sampling
 from kdkit.api.protocols import (
@@ -96,6 +97,8 @@ __all__ = [
     "EnvironmentUnmet",
     "Example",
     "ExitCode",
+    "HiddenSignals",
+    "HiddenTeacher",
     "KdkitError",
     "LoadContext",
     "Loss",

@@ -211,6 +211,8 @@ TeacherSignal: TypeAlias = Dense | TopK
 class TokenLossInputs:
     """A block of N valid tokens, already shifted: row i of the logits predicts ``labels[i]``.
 
+    Do not write in place: the logits are shared with the other losses of the block.
+
     Attributes:
         student_logits: [N, V] float32 (float64 in reference tests), raw, no temperature applied.
         teacher: The teacher's signal for the same rows, or None.
@@ -275,9 +277,10 @@ class PolicyLossOutput:
 
 @dataclass(frozen=True, slots=True)
 class RepresentationLossInputs:
-    """Hidden states of the block's tokens for each pair of layers the loss asked for.
+    """Hidden states for each pair of layers the loss asked for, at the positions that predict the block's tokens.
 
-    ``student[i]`` is [N, D_student] (projected when the loss has a projector), ``teacher[i]`` is [N, D_teacher].
+    ``student[i]`` is [N, D_student] (projected when the loss has a projector), ``teacher[i]`` is [N, D_teacher]; both
+    in float32 (float64 in reference tests), differentiable with respect to the student's.
     """
 
     student: tuple[Tensor, ...]

@@ -67,16 +67,23 @@ class PolicyLoss(Protocol):
 class RepresentationLoss(Protocol):
     """Matching of hidden states.
 
-    ``layers`` pairs (student, teacher) layer indices; ``projector`` gives a trainable map for one pair, or None.
+    ``layers`` pairs (student, teacher) layer indices, counted as ``output_hidden_states`` of transformers does: 0 is
+    the embedding, i what layer i put out, and the last one comes after the final norm; -1 is the last one. Without any
+    pair, every layer of the student meets the teacher's at the same relative depth. ``projector`` gives a trainable map
+    for one pair, or None; it is initialised from the recipe's seed.
     """
 
     layers: Sequence[tuple[int, int]]
 
     def projector(self, student_dim: int, teacher_dim: int, /) -> Module | None:
-        """A module from student width to teacher width; the engine owns its parameters."""
+        """A module from student width to teacher width; the engine owns its parameters.
+
+        Raises:
+            ModelError: The loss cannot compare these widths.
+        """
 
     def __call__(self, x: RepresentationLossInputs, /) -> Tensor:
-        """[N] unreduced values."""
+        """[N] unreduced values, one per token; no token's value depends on another token."""
 
 
 class AlignedLoss(Protocol):

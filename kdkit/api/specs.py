@@ -89,7 +89,7 @@ class LossSpec(Spec[P]):
     kind: ClassVar[str] = "loss"
     build: Callable[[P], Any]
     loss_kind: Literal["token", "policy", "representation", "aligned"] = "token"
-    needs: frozenset[Literal["logits", "topk"]] = frozenset()
+    needs: frozenset[Literal["logits", "topk", "hidden"]] = frozenset()
     policy_needs: frozenset[PolicyNeed] | Callable[[P], frozenset[PolicyNeed]] = frozenset()
 
     def policy_needs_of(self, params: P) -> frozenset[PolicyNeed]:
@@ -120,14 +120,14 @@ class TeacherSpec(Spec[P]):
     """A teacher and what it can give.
 
     Attributes:
-        gives: Kinds of signal.
+        gives: Kinds of signal. With ``hidden``, ``build`` returns a ``HiddenTeacher``.
         fixed_rows: It has signals only for the dataset's own answers (a cache), and is refused where the student writes
             answers of its own. ``build`` returns a ``RowTeacher``.
     """
 
     kind: ClassVar[str] = "teacher"
     build: Callable[[P, BuildContext], Teacher]
-    gives: frozenset[Literal["logits", "topk", "text"]]
+    gives: frozenset[Literal["logits", "topk", "text", "hidden"]]
     fixed_rows: bool = False
 
 

@@ -91,7 +91,7 @@ def keep_layers(model: PreTrainedModel, layers: Sequence[int]) -> None:
     """
     config = model.config.get_text_config()
     chosen = _explicit(layers, config.num_hidden_layers)
-    owner, name = _decoder(model, config.num_hidden_layers)
+    owner, name = decoder(model, config.num_hidden_layers)
     if getattr(config, "num_kv_shared_layers", 0):
         raise ModelError("shares keys and values between layers and cannot be pruned", where=type(model).__name__)
     old = getattr(owner, name)
@@ -105,7 +105,7 @@ def keep_layers(model: PreTrainedModel, layers: Sequence[int]) -> None:
     _check_rebuilds(model)
 
 
-def _decoder(model: PreTrainedModel, total: int) -> tuple[nn.Module, str]:
+def decoder(model: PreTrainedModel, total: int) -> tuple[nn.Module, str]:
     """The module that owns the list of decoder layers, and the list's attribute name."""
     lists = [
         name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == total

@@ -149,7 +149,7 @@ class _Training:
         return Share(self.batch * self.world, self.accelerator.process_index, self.world)
 
     def run(self) -> TrainResult:
-        checkpoint.check_space(self.ctx.checkpoints, self.task.model)
+        checkpoint.check_space(self.ctx.checkpoints, self._kept())
         torch.manual_seed(self.ctx.seed_for("dropout") + self.accelerator.process_index)
         self._resume()
         evaluation: dict[str, float] = {}
@@ -316,23 +316,28 @@ class _Training:
         found = checkpoint.latest(self.ctx.checkpoints, self.ctx.log)
         if found is not None:
             self.progress = checkpoint.load(
-                found, self._bare(), self.optimizer.optimizer, total_steps=self.progress.total_steps
+                found, self._kept(), self.optimizer.optimizer, total_steps=self.progress.total_steps
             )
             for index, stream in enumerate(self.task.streams):
                 stream.source.restore(checkpoint.load_state(found, _name(index)), self.progress.step, self.share)
             self.ctx.log(f"resumed at step {self.progress.step} of {self.progress.total_steps}")
 
     def _save(self) -> bool:
-        bare, optimizer = self._bare(), self.optimizer.optimizer
+        kept, optimizer = self._kept(), self.optimizer.optimizer
         states = {
             _name(index): state
             for index, stream in enumerate(self.task.streams)
             if (state := stream.source.state(self.progress.step, self.share)) is not None
         }
-        return checkpoint.save(self.ctx.checkpoints, bare, optimizer, self.progress, self.ctx.log, states)
+        return checkpoint.save(self.ctx.checkpoints, kept, optimizer, self.progress, self.ctx.log, states)
 
     def _bare(self) -> Any:
         return self.accelerator.unwrap_model(self.objective).model
+
+    def _kept(self) -> torch.nn.Module:
+        """What checkpoints hold: the model, together with the projectors of its losses where there are any."""
+        objective: CausalObjective = self.accelerator.unwrap_model(self.objective)
+        return objective if len(objective.matches) else objective.model
 
     def _all_ranks(self, value: int) -> int:
         if self.world == 1:

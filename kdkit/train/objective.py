@@ -21,6 +21,7 @@ from kdkit.train.aligned import AlignedSignals
 from kdkit.train.blocks import ALIGNED_COPIES, Block, BlockSizes, block_tokens, blocked_logprobs, blocked_loss
 from kdkit.train.packing import isolates, unpack
 from kdkit.train.policy.terms import PolicyGradient, policy_gradient
+from kdkit.train.representation import HiddenStates, Match, add_matches, student_layers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,12 +38,13 @@ _HALF: Final = frozenset({torch.bfloat16, torch.float16})
 
 @dataclass(frozen=True, slots=True)
 class LossTerm:
-    """A weighted loss: of tokens, of groups of tokens aligned with those of a teacher with another tokenizer, or of
-    whole completions of the student's own.
+    """A weighted loss: of tokens, of their hidden states, of groups of tokens aligned with those of a teacher with
+    another tokenizer, or of whole completions of the student's own.
 
     ``vocabulary``: a token loss compares only this many leading entries with the teacher's, and a policy loss has its
     log-probabilities over them; for an aligned loss it is how many entries the teacher has, which the memory of a block
-    depends on.
+    depends on. ``teacher``: whether a token loss compares with the teacher; it is not asked for logits that no loss
+    reads. ``match``: pairs of layers and projectors of a representation loss.
     ``sampled``: on the student's own completions, a token loss compares the distributions that they are sampled from:
     at the temperature of the sampling, and over the tokens that top-k and top-p kept.
     """
@@ -51,7 +53,9 @@ class LossTerm:
     weight: float
     loss: Loss
     vocabulary: int | None = None
-    kind: Literal["token", "aligned", "policy"] = "token"
+    kind: Literal["token", "aligned", "policy", "representation"] = "token"
+    teacher: bool = True
+    match: Match | None = None
     sampled: bool = False
 
     @property
@@ -126,6 +130,10 @@ class CausalObjective(nn.Module):
                 allowed="a plain linear layer",
                 hint="merge adapters into the head first",
             )
+        # Trained with the student, and no part of the model that is saved.
+        self.matches = nn.ModuleList(term.match for term in self.terms if term.match is not None)
+        self.matches.to(head.weight.device, head.weight.dtype)
+        self._states = HiddenStates(model) if len(self.matches) else None
         self._compute = compute
         self._isolates: bool | None = None
         self._block = block
@@ -175,21 +183,40 @@ class CausalObjective(nn.Module):
         if batch.attention_mask is None and not self.isolates():
             batch = unpack(batch)
         terms = self.terms if terms is None else tuple(terms)
-        device = batch.input_ids.device.type
-        with torch.autocast(device, self._compute, enabled=self._compute in _HALF):
-            hidden = valid_hidden(self._parts.trunk, batch)
+        hidden, states = self._hidden(batch, terms)
         labels = batch.input_ids[:, 1:][batch.labels_mask[:, 1:]]
-        block = Block(terms, (1.0,) * len(terms), labels, signals, self._parts.transform, policy)
+        asked = signals if any(term.teacher for term in terms if term.kind != "representation") else None
+        block = Block(terms, (1.0,) * len(terms), labels, asked, self._parts.transform, policy)
         gradients = self._policy_gradients(hidden, block)
         units = [term.kind if found is None else found.per for term, found in zip(terms, gradients, strict=True)]
-        scales = {"token": scale, "aligned": group_scale, "sequence": sequence_scale}
+        scales = {"token": scale, "representation": scale, "aligned": group_scale, "sequence": sequence_scale}
         block = replace(block, ratios=tuple(scales[unit] / scale for unit in units), gradients=gradients)
-        loss, sums = blocked_loss(hidden, self._parts.head, block, self.sizes(), self._compute)
+        loss, sums = self._blocked(hidden, block)
         groups = signals.groups if isinstance(signals, AlignedSignals) else 0
         tokens = int(labels.shape[0]) if policy is None else policy.tokens
-        counts = {"token": tokens, "aligned": groups, "sequence": 0 if policy is None else policy.sequences}
+        counts = {"token": tokens, "representation": tokens, "aligned": groups}
+        counts["sequence"] = 0 if policy is None else policy.sequences
         measured = Measured(loss * scale, sums, tokens, groups, tuple(counts[unit] for unit in units))
-        return _with_values(measured, block, scale)
+        measured = _with_values(measured, block, scale)
+        weights = None if policy is None else policy.weights
+        return add_matches(measured, terms, states, signals, scale, weights=weights, compute=self._compute)
+
+    def _hidden(self, batch: TokenBatch, terms: Sequence[LossTerm]) -> tuple[Tensor, dict[int, Tensor]]:
+        """[N, D] hidden states that predict the learned tokens, and those of the layers that losses compare."""
+        layers = student_layers(terms)
+        with torch.autocast(batch.input_ids.device.type, self._compute, enabled=self._compute in _HALF):
+            if self._states is None or not layers:
+                return valid_hidden(self._parts.trunk, batch), {}
+            with self._states.keep(layers) as kept:
+                hidden = valid_hidden(self._parts.trunk, batch)
+        return hidden, self._states.of_tokens(kept, hidden, batch, layers)
+
+    def _blocked(self, hidden: Tensor, block: Block) -> tuple[Tensor, Tensor]:
+        """Loss and sums of what the logits decide; they are not made when nothing reads them."""
+        if all(term.kind == "representation" for term in block.terms):
+            zero = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
+            return zero, zero.new_zeros(len(block.terms))
+        return blocked_loss(hidden, self._parts.head, block, self.sizes(), self._compute)
 
     def _policy_gradients(self, hidden: Tensor, block: Block) -> tuple[PolicyGradient | None, ...]:
         """Pass one: the value and the gradient of every policy loss, on the log-probabilities of the taken tokens."""

@@ -102,7 +102,7 @@ FAULTS = {
     ),
     "misspelt need": (
         hook(f"yield {SPEC.replace('build', 'needs=frozenset({' + chr(39) + 'logit' + chr(39) + '}), build')}"),
-        "needs is frozenset({'logit'}); allowed: ('logits', 'topk')",
+        "needs is frozenset({'logit'}); allowed: ('logits', 'topk', 'hidden')",
     ),
     "needs no set": (
         hook(f"yield {SPEC.replace('build', 'needs=' + chr(39) + 'logits' + chr(39) + ', build')}"),

@@ -12,7 +12,7 @@ import kdkit
 from kdkit.plugins.stages.minillm import estimator_of
 from kdkit.plugins.stages.minillm_plugin import MiniLLMStageParams
 from kdkit.recipe import load_recipe
-from kdkit.testing.tiny import save_tiny_model
+from kdkit.testing.tiny import save_tiny_model, tiny_tokenizer
 from kdkit.train.policy.returns import Estimator
 
 ROWS = [{"prompt": f"What is {'very ' * (i % 4)}{i} + {i}?", "completion": f"It is {2 * i}."} for i in range(40)]
@@ -132,6 +132,25 @@ def test_every_form_of_it_trains(tmp_path, models, values):
     if "importance" in values:
         total = 2 * (lines[0]["train/minillm"] + lines[0]["train/single-step"])
         assert lines[0]["train/loss"] == pytest.approx(total, rel=1e-4)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_dropout_does_not_look_like_a_change_of_the_policy(tmp_path, models, checkpointing):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    drops = {"resid_pdrop": 0.3, "embd_pdrop": 0.3, "attn_pdrop": 0.3}
+    sizes = {"vocab_size": 259, "n_positions": 256, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    ids = {"bos_token_id": 256, "eos_token_id": 258}
+    GPT2LMHeadModel(GPT2Config(**sizes, **drops, **ids)).save_pretrained(tmp_path / "gpt2")
+    tiny_tokenizer().save_pretrained(tmp_path / "gpt2")
+    more = {"model": str(tmp_path / "gpt2"), "teacher_mixed_alpha": 0, "gradient_checkpointing": checkpointing}
+    result = kdkit.run(recipe(tmp_path, models, max_steps=2, **more), out=tmp_path / "runs", inline=True)
+    _, lines, _ = finished(result)
+    assert lines[0]["train/minillm/ratio"] == pytest.approx(1, abs=1e-5)
+    assert lines[0]["train/minillm/approx_kl"] == pytest.approx(0, abs=1e-9)
+    assert lines[0]["train/minillm/clip_fraction"] == 0
+    saved = json.loads((result.stage("own").outputs["model"].path / "config.json").read_text())
+    assert {name: saved[name] for name in drops} == drops
 
 
 def test_another_engine_answers_without_a_mixture(tmp_path, models):

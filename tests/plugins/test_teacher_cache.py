@@ -125,7 +125,7 @@ def test_a_cached_cache_is_not_made_again_and_other_rules_are_another_cache(tmp_
 def test_losses_with_another_temperature_are_refused(tmp_path, models, monkeypatch):
     stages = {"cache": cache_stage(models, temperature=2.0), "kd": distill(models)}
     with monkeypatch.context() as patch:
-        patch.setattr(training, "_load", lambda *_: pytest.fail("the student is not needed to see it"))
+        patch.setattr(training, "load_student", lambda *_: pytest.fail("the student is not needed to see it"))
         result = run(tmp_path, stages)
     assert "signals were taken at temperature 2, the loss 'forward-kl' wants 1" in str(result.error)
     assert "set 'temperature: 2' on the loss" in str(result.error)

@@ -172,12 +172,12 @@ def test_a_server_killed_midway_keeps_what_is_finished(start, served, tmp_path, 
     result = run(tmp_path, {"data": stage})
     assert result.exit_code == ExitCode.ENVIRONMENT
     assert "HTTP 500 (the model failed: RuntimeError) (2 attempts)" in str(result.error)
-    asked.clear()
-    monkeypatch.setattr(served, "answer", lambda prompts, *rest: asked.append(len(prompts)) or answer(prompts, *rest))
+    again = set()
+    monkeypatch.setattr(served, "answer", lambda prompts, *rest: again.update(prompts) or answer(prompts, *rest))
     result = run(tmp_path, {"data": stage})
     assert result.ok, result.error
-    # Only the second chunk of 64 is asked again.
-    assert sum(asked) == 6
+    # Only the second chunk of 64 is asked again; some of it may still wait from the first time.
+    assert len(again) == 6
 
 
 @pytest.mark.parametrize("kind", ["generate", "distill"])

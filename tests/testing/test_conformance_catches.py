@@ -136,6 +136,13 @@ def in_place(x, t):
     return right(x, t)
 
 
+def divided_in_place(x, t):
+    if dense_only(x) and x.student_logits.dtype is torch.float32:
+        x.student_logits.div_(t)
+        return right(TokenLossInputs(x.student_logits * t, x.teacher, x.labels), t)
+    return right(x, t)
+
+
 def softmax_over_tokens(x, t):
     if not dense_only(x):
         return right(x, t)
@@ -252,6 +259,7 @@ FAULTS = (
     through_probabilities,
     with_dropout,
     in_place,
+    divided_in_place,
     softmax_over_tokens,
     scaled_by_the_vocabulary,
 )
@@ -290,6 +298,11 @@ def test_the_right_loss_passes_everything():
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.__name__)
 def test_the_suite_catches(fault):
     assert failures(fault)
+
+
+def test_a_loss_that_writes_in_place_is_told_so():
+    with pytest.raises(AssertionError, match="the loss wrote into the student's logits in place"):
+        suite_of(divided_in_place).test_nothing_is_written_in_place_in_float32()
 
 
 def test_no_test_of_the_suite_is_idle():

@@ -11,7 +11,7 @@ from torch import nn
 
 from kdkit.api import PolicyLossInputs, PolicyLossOutput
 from kdkit.testing.tiny import tiny_model
-from kdkit.train.policy.rows import PolicyRow
+from kdkit.train.policy.rows import KeptIds, PolicyRow
 
 END = 258
 """The end token, which also is what rows are padded with."""
@@ -38,7 +38,7 @@ def make_completions(count: int = 8, *, seed: int = 0, support: bool = False, we
                 ref_logprobs=tuple(rng.uniform(-7, -4) for _ in range(length)),
                 importance_weights=tuple(rng.uniform(0.7, 1.2) for _ in range(length)),
                 token_weights=tuple(rng.uniform(0, 2) for _ in range(length)) if weighted else None,
-                support=tuple(around) if support else None,
+                support=KeptIds.of(around) if support else None,
             )
         )
     return [replace(row, old_logprobs=tuple(sampled(row, rng))) for row in rows]
@@ -57,7 +57,7 @@ def plain_logprobs(logits, row, temperature, vocabulary=None):
     places = [t for t, learned in enumerate(row.learned) if learned]
     found = []
     for number, t in enumerate(places):
-        allowed = list(range(logits.shape[-1]))[:vocabulary] if row.support is None else [*row.support[number]]
+        allowed = list(range(logits.shape[-1]))[:vocabulary] if row.support is None else row.support[number].tolist()
         log_q = torch.log_softmax(logits[t - 1][allowed] / temperature, -1)
         found.append((log_q[allowed.index(row.ids[t])], -(log_q.exp() * log_q).sum()))
     return found

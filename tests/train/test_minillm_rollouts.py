@@ -94,7 +94,7 @@ def logprobs(model, row, sampling, place, number):
         logits = model(input_ids=torch.tensor([row.ids])).logits[0, place - 1, :WIDTH].double() / sampling.temperature
     if row.support is not None:
         outside = torch.ones(WIDTH, dtype=torch.bool)
-        outside[list(row.support[number])] = False
+        outside[row.support[number].tolist()] = False
         logits[outside] = -torch.inf
     return logits.log_softmax(-1)
 
@@ -169,6 +169,8 @@ def test_every_number_of_a_rollout_is_that_of_a_plain_computation(sampling, how,
     assert facts["reverse_kl_estimate"] == pytest.approx(sum(w * (a - b) for w, a, b in tokens) / len(tokens))
     assert facts["reward"] == pytest.approx(sum(b - a for _, a, b in tokens) / len(tokens))
     assert facts["mismatch_max"] < 1e-9
+    ends = [row.advantages[-1] for row in rows if row.ids[-1] in STOPS]
+    assert facts["end_advantage"] == pytest.approx(sum(ends) / len(ends), abs=1e-10)
     assert made.facts() == {}
 
 
@@ -223,6 +225,31 @@ def test_a_server_that_does_not_tell_the_sampled_token_is_refused_by_name():
         rollouts(CUT, alpha=0.0, signals=Signals(models()[1], 5)).make(0)
 
 
+class RulesOut:
+    """Gives everything but a few ids no probability."""
+
+    def __init__(self, signals):
+        self.signals = signals
+
+    def __call__(self, batch):
+        self.blocks = self.signals(batch)
+        return self
+
+    def block(self, start, stop):
+        logits = self.blocks.block(start, stop).logits.clone()
+        logits[:, 40:] = -torch.inf
+        return Dense(logits)
+
+
+def test_a_teacher_that_rules_a_token_out_is_refused_where_a_loss_reads_what_it_says():
+    signals = RulesOut(Signals(models()[1]))
+    made = rollouts(alpha=0.0, signals=signals, cliprange_reward=5.0)
+    assert made.make(0), "cut to a bound, rewards are finite"
+    made.reads_teacher = True
+    with pytest.raises(StageError, match="the teacher rules out a token that was sampled"):
+        made.make(0)
+
+
 # --- a step -----------------------------------------------------------------------------------------------------------
 
 
@@ -263,7 +290,7 @@ def naive(rows: list[PolicyRow], sampling):
     for row in rows:
         logits = model(input_ids=torch.tensor([row.ids])).logits[0]
         for number, place in enumerate(places(row)):
-            allowed = list(range(WIDTH)) if row.support is None else list(row.support[number])
+            allowed = list(range(WIDTH)) if row.support is None else row.support[number].tolist()
             log_q = (logits[place - 1, allowed] / sampling.temperature).log_softmax(-1)
             log_p = logprobs(teacher, row, sampling, place, number)[allowed]
             ratio = (log_q[allowed.index(row.ids[place])] - row.old_logprobs[number]).exp()

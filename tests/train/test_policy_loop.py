@@ -12,7 +12,7 @@ from conftest_train import FakeContext, make_rows
 from policy_rows import Clip, make_completions, plain, sampled
 from test_loop import damage_manifest, flat, params, record, weights_hash, with_dropout
 
-from kdkit.api import StageError
+from kdkit.api import ConformanceError, StageError
 from kdkit.api.errors import Stopped
 from kdkit.plugins.losses.token import cross_entropy
 from kdkit.testing.tiny import tiny_model
@@ -241,6 +241,24 @@ def test_ranks_share_the_rows_of_one(world):
     alone = [row.id for row in buffer().rows(1, Share(4))]
     parts = [[row.id for row in buffer().rows(1, Share(4, rank, world))] for rank in range(world)]
     assert [parts[place % world][place // world] for place in range(4)] == alone
+
+
+@pytest.mark.parametrize("name", ["token_weights", "ref_logprobs", "support"])
+def test_rollouts_of_which_some_lack_a_field_are_not_held(name):
+    rows = make_completions(support=True)
+    rows[3] = replace(rows[3], **{name: None})
+    source = RolloutBuffer(lambda _: rows, num_rollouts=8, ppo_epochs=1, seed=1, per_pass=8)
+    with pytest.raises(ConformanceError, match=f"some completions have {name}, others do not"):
+        source.rows(0, Share(4))
+
+
+def test_kept_ids_are_small():
+    rows = make_completions(support=True)
+    source = RolloutBuffer(lambda _: rows, num_rollouts=8, ppo_epochs=2, seed=1, per_pass=8)
+    source.rows(0, Share(4))
+    tensors = source.state(1, Share(4)).tensors
+    assert {tensors[name].dtype for name in ("support", "support_sizes")} == {torch.int32}
+    assert all(row.support.ids.nbytes == 4 * len(row.support.ids) for row in rows)
 
 
 @pytest.mark.parametrize("support", [False, True])

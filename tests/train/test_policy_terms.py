@@ -7,7 +7,7 @@ import torch
 from policy_rows import END, Clip, make_completions, plain
 from test_objective import ShapeSpy, Teacher, assert_same
 
-from kdkit.api import ConformanceError, PolicyLossOutput
+from kdkit.api import ConformanceError, PolicyLossOutput, TopK
 from kdkit.plugins.losses.token import ReverseKL, cross_entropy
 from kdkit.testing.tiny import tiny_model
 from kdkit.train.batching import collate, micro_batches
@@ -15,7 +15,7 @@ from kdkit.train.objective import CausalObjective, LossTerm
 from kdkit.train.packing import pack
 from kdkit.train.policy import terms as policy_terms
 from kdkit.train.policy.batch import policy_batch
-from kdkit.train.policy.rows import PolicyRow, sequence_count, token_count
+from kdkit.train.policy.rows import KeptIds, PolicyRow, sequence_count, token_count
 from kdkit.train.policy.terms import taken_logprobs
 
 AGGREGATIONS = [Clip("token-mean"), Clip("sequence-mean"), Clip("constant-length", 9)]
@@ -163,6 +163,81 @@ def test_a_step_in_which_nothing_counts_has_no_gradient():
         assert all(not grad.any() for grad in grads.values())
 
 
+def own_ids(rows):
+    """Ids that are learned in the first of the rows and in no other."""
+    first, *others = ({*row.ids[-row.targets :]} for row in rows)
+    found = sorted(first.difference(*others))
+    assert found
+    return found
+
+
+def infinite_for(tokens, real):
+    """A loss that is infinite, and whose gradient is, for certain tokens."""
+
+    def loss(x):
+        assert len(x.labels) == len(x.student_logits)
+        outside = torch.isin(x.labels, torch.tensor(tokens))
+        infinite = (0 * x.student_logits[outside, 0]).log()
+        return real(x) + torch.zeros(len(outside)).masked_scatter(outside, infinite)
+
+    return loss
+
+
+@pytest.mark.parametrize("reason", ["counts", "weight"])
+@pytest.mark.parametrize("topk", [False, True])
+def test_a_token_without_a_weight_cannot_poison_the_others(reason, topk):
+    rows = make_completions()
+    bad = own_ids(rows)
+    if reason == "counts":
+        rows[0] = replace(rows[0], counts=False)
+    else:
+        rows[0] = replace(rows[0], token_weights=(1e-320,) * rows[0].targets)
+    model, teacher = tiny_model(), tiny_model(seed=1)
+    for layout, size in (("packed", 8), ("left", 1)):
+        found = []
+        for loss in (ReverseKL(), infinite_for(bad, ReverseKL())):
+            term = [LossTerm("reverse-kl", 1.0, loss)]
+            model.zero_grad()
+            objective, total = CausalObjective(model, term, block=5), 0.0
+            for part in micro_batches(rows, size):
+                batch, completions = policy_batch(part, lambda rows, layout=layout: lay(rows, layout), 1.0)
+                signals = Teacher(teacher)(batch)
+                signals = AsTopK(signals) if topk else signals
+                measured = objective(batch, signals, 1 / max(token_count(rows), 1), policy=completions)
+                measured.loss.backward()
+                total += float(measured.loss.detach())
+            found.append((total, {name: p.grad.clone() for name, p in model.named_parameters()}))
+        assert found[0][0] != 0
+        assert_same(found[1], found[0], rtol=1e-6)
+
+
+class AsTopK:
+    """The five most probable tokens of a dense signal, with the tail and the taken tokens stated."""
+
+    def __init__(self, signals):
+        self.signals = signals
+
+    def block(self, start, stop):
+        logprobs = self.signals.block(start, stop).logits.log_softmax(-1)
+        top = logprobs.topk(5)
+        return TopK(top.indices, top.values, tail_mass=1 - top.values.exp().sum(-1), taken=logprobs[:, 0])
+
+
+def test_an_impossible_token_of_a_completion_that_does_not_count_cannot_poison_the_others(monkeypatch):
+    """The student itself rules it out: its log-probability is -inf."""
+    model, rows = tiny_model(), make_completions()
+    rows[0] = replace(rows[0], counts=False)
+    want = gradients(model, rows, [policy(AGGREGATIONS[0])], layout="packed")
+    only, real = torch.tensor(own_ids(rows)), policy_terms.taken_logprobs
+
+    def impossible(logits, labels, **values):
+        found = real(logits, labels, **values)
+        return policy_terms.Taken(torch.where(torch.isin(labels, only), -torch.inf, found.logprobs), found.entropy)
+
+    monkeypatch.setattr("kdkit.train.blocks.taken_logprobs", impossible)
+    assert_same(gradients(model, rows, [policy(AGGREGATIONS[0])], layout="packed")[:2], want[:2], rtol=1e-6)
+
+
 # --- what a loss sees -------------------------------------------------------------------------------------------------
 
 
@@ -261,8 +336,9 @@ def test_values_that_some_rows_lack_are_refused():
 def test_a_token_outside_its_support_is_refused():
     rows = make_completions(3, support=True)
     row = rows[1]
-    lost = tuple(i for i in row.support[-1] if i != row.ids[-1])
-    rows[1] = replace(row, support=(*row.support[:-1], lost))
+    kept = [row.support[token].tolist() for token in range(row.targets)]
+    kept[-1] = [i for i in kept[-1] if i != row.ids[-1]]
+    rows[1] = replace(row, support=KeptIds.of(kept))
     with pytest.raises(ConformanceError, match="a token outside the support it was sampled from"):
         policy_batch(rows, pack, 1.0)
 

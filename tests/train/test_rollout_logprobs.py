@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from kdkit.api import Sampling
+from kdkit.models import heads
 from kdkit.testing.tiny import tiny_model
-from kdkit.train.rollout import decode, mismatch, taken_logprobs, token_logprobs, warp
+from kdkit.train.policy.terms import taken_logprobs
+from kdkit.train.rollout import decode, mismatch, token_logprobs, warp
 from kdkit.train.rollout import logprobs as module
 
 PROMPTS = [[1, 2, 3], [9], [4, 5, 6, 7, 8, 9], [30, 20], [77, 1]]
@@ -84,7 +86,12 @@ def test_empty_completions_have_no_log_probabilities():
 def test_gradients_of_log_probability_and_entropy_exist_where_tokens_are_cut(how):
     logits = torch.randn(4, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     labels = logits.argmax(-1)
-    assert torch.autograd.gradcheck(lambda x: taken_logprobs(x, labels, how, entropy=True), (logits,))
+
+    def both(x):
+        taken = taken_logprobs(x if how is None else warp(x, how), labels, entropy=True)
+        return taken.logprobs, taken.entropy
+
+    assert torch.autograd.gradcheck(both, (logits,))
 
 
 def test_mismatch_by_hand():
@@ -99,3 +106,11 @@ def test_mismatch_by_hand():
     }
     assert mismatch([], []).metrics() == {"mismatch_mean": 0, "mismatch_max": 0, "mismatch_far": 0}
     assert mismatch([[minus]], [torch.tensor([-1.0])]).far == 1
+
+
+def test_what_the_architecture_does_to_logits_is_done_in_float32(monkeypatch):
+    """As the losses of training do it: a soft cap in bf16 would move ratios before anything was learned."""
+    seen, completions = [], [row.ids for row in sampled(None)]
+    monkeypatch.setattr(heads, "_transform", lambda config: lambda logits: seen.append(logits.dtype) or logits)
+    token_logprobs(tiny_model(), PROMPTS, completions, compute=torch.bfloat16)
+    assert set(seen) == {torch.float32}

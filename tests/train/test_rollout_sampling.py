@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -109,7 +110,8 @@ def test_log_probabilities_of_every_step_are_those_of_both_models_without_a_cach
             assert row.drawn[step] == pytest.approx(float(torch.log(0.7 * q + 0.3 * p)[token]), abs=2e-5)
             assert row.logprobs[step] == pytest.approx(float(q[token].log()), abs=2e-5)
             if row.support is not None:
-                assert row.support[step] == tuple(q.nonzero()[:, 0].tolist())
+                assert row.support[step].tolist() == q.nonzero()[:, 0].tolist()
+                assert row.support[step].dtype == np.int32
                 assert token in row.support[step]
         assert (row.support is None) == (not how.top_k and how.top_p == 1.0)
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Final, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from kdkit.api import LossSpec, Params, hookimpl
 
 if TYPE_CHECKING:
-    from kdkit.api import AlignedLoss, PolicyLoss, TokenLoss
+    from kdkit.api import AlignedLoss, PolicyLoss, RepresentationLoss, TokenLoss
     from kdkit.api.specs import PolicyNeed
 
 
@@ -95,6 +95,48 @@ class ULDParams(Params):
     """Softmax temperature of both models; a bounded distance has no factor T^2."""
 
 
+class HiddenParams(Params):
+    """What losses of hidden states take. Layers are counted as ``output_hidden_states`` of transformers does: 0 is the
+    embedding, i what layer i puts out, and the last one comes after the final norm. Negative numbers count from the
+    end. Compared are the positions that predict the learned tokens; teacher and student need the same tokenizer.
+    """
+
+    layers: Literal["even", "last"] | list[Annotated[list[int], Field(min_length=2, max_length=2)]] = "even"
+    """Pairs [student, teacher], such as [[5, 10], [-1, -1]]. ``even``: every layer of the student with the teacher's at
+    the same relative depth (TinyBERT's uniform strategy; the embedding is not among them). ``last``: the last ones."""
+    projector: Literal["linear", "none"] = "linear"
+    """What maps the student's states to the teacher's width. ``linear``: a matrix for each pair, trained with the
+    student by the same optimiser, kept in checkpoints, and not part of the saved model. ``none``: nothing; both widths
+    have to be equal."""
+
+    @field_validator("layers")
+    @classmethod
+    def _some_pair(cls, value: str | list[list[int]]) -> str | list[list[int]]:
+        if not value:
+            raise PydanticCustomError("layers", "at least one pair [student, teacher], or even, or last")
+        return value
+
+
+class HiddenMSEParams(HiddenParams):
+    """Mean square of the difference of hidden states, a sum over pairs of layers (TinyBERT, without attention maps).
+    Layers with large states weigh more. With token losses beside it, set a weight: its scale is that of the states.
+    """
+
+
+class HiddenCosineParams(HiddenParams):
+    """One minus the cosine of hidden states, a sum over pairs of layers: compares directions, whatever the lengths
+    (DistilBERT, whose setting is the default).
+    """
+
+    layers: Literal["even", "last"] | list[Annotated[list[int], Field(min_length=2, max_length=2)]] = "last"
+    """Pairs [student, teacher], such as [[5, 10], [-1, -1]]. ``even``: every layer of the student with the teacher's at
+    the same relative depth (the embedding is not among them). ``last``: the last ones."""
+    projector: Literal["linear", "none"] = "none"
+    """What maps the student's states to the teacher's width. ``linear``: a matrix for each pair, trained with the
+    student by the same optimiser, kept in checkpoints, and not part of the saved model. ``none``: nothing; both widths
+    have to be equal."""
+
+
 class MiniLLMParams(Params):
     """MiniLLM's policy gradient: sampled tokens become more or less probable by their advantage.
 
@@ -172,6 +214,21 @@ def _uld(params: ULDParams) -> AlignedLoss:
     return ULD(**params.model_dump())
 
 
+def _hidden(name: str) -> Callable[[HiddenParams], RepresentationLoss]:
+    """Builds the class ``name`` of the implementation module."""
+
+    def build(params: HiddenParams) -> RepresentationLoss:
+        from kdkit.plugins.losses import hidden
+
+        named: dict[str, list[tuple[int, int]]] = {"even": [], "last": [(-1, -1)]}
+        asked = params.layers
+        layers = named[asked] if isinstance(asked, str) else [(student, teacher) for student, teacher in asked]
+        loss: RepresentationLoss = getattr(hidden, name)(tuple(layers), params.projector)
+        return loss
+
+    return build
+
+
 def _minillm(params: MiniLLMParams) -> PolicyLoss:
     from kdkit.plugins.losses.policy import MiniLLM
 
@@ -239,7 +296,27 @@ def kdkit_losses() -> Iterator[LossSpec[Any]]:
         loss_kind="aligned",
         needs=frozenset({"logits"}),
     )
+    yield from _hidden_losses()
     yield from _policy_losses()
+
+
+def _hidden_losses() -> Iterator[LossSpec[Any]]:
+    yield LossSpec(
+        name="hidden-mse",
+        summary="Mean square between hidden states, with trained projectors (TinyBERT)",
+        params=HiddenMSEParams,
+        build=_hidden("HiddenMSE"),
+        loss_kind="representation",
+        needs=frozenset({"hidden"}),
+    )
+    yield LossSpec(
+        name="hidden-cosine",
+        summary="Cosine between hidden states (DistilBERT)",
+        params=HiddenCosineParams,
+        build=_hidden("HiddenCosine"),
+        loss_kind="representation",
+        needs=frozenset({"hidden"}),
+    )
 
 
 def _policy_losses() -> Iterator[LossSpec[Any]]:

@@ -25,8 +25,12 @@ _BASELINE: Final = "baseline-"
 
 
 def uses_teacher(spec: Any) -> bool:
-    """Whether a loss compares with a teacher: an aligned one always does, whatever else it needs."""
-    return spec.loss_kind == "aligned" or bool(spec.needs)
+    """Whether a loss compares with a teacher: aligned and representation losses always do, whatever they say."""
+    return spec.loss_kind in {"aligned", "representation"} or bool(spec.needs)
+
+
+def _needs(spec: Any) -> frozenset[str]:
+    return frozenset({"hidden"}) if spec.loss_kind == "representation" else frozenset(spec.needs)
 
 
 def _check_losses(losses: list[Weighted[Loss]], gives: frozenset[str]) -> Problems:
@@ -35,12 +39,13 @@ def _check_losses(losses: list[Weighted[Loss]], gives: frozenset[str]) -> Proble
     for index, loss in enumerate(losses):
         spec: Any = loss.found.spec
         where = ("losses", index, "use")
-        if spec.loss_kind not in {"token", "aligned"}:
+        if spec.loss_kind not in {"token", "aligned", "representation"}:
             problems.append((where, f"'{loss.name}' is a {spec.loss_kind} loss; this stage takes token losses"))
         elif uses_teacher(spec) and not gives:
             problems.append((where, f"'{loss.name}' needs a teacher; use a distill stage"))
-        elif spec.needs and not spec.needs & gives:
-            wants, has = " or ".join(sorted(spec.needs)), ", ".join(sorted(gives))
+        elif _needs(spec) and not _needs(spec) & gives:
+            wants, has = " or ".join(sorted(_needs(spec))), ", ".join(sorted(gives))
+            wants = wants.replace("hidden", "hidden states")
             problems.append((where, f"'{loss.name}' needs {wants}, the teacher gives {has}"))
     names = [loss.name for loss in losses]
     problems += [
@@ -74,7 +79,7 @@ def _on_policy_problems(params: DistillParams) -> Iterator[Problem]:
         if _spec(loss).loss_kind == "aligned":
             why = "compares the texts of the data, which are aligned before training"
             yield ("losses", index, "use"), f"'{loss.name}' {why}; on_policy takes token losses, such as jsd"
-        elif not _spec(loss).needs:
+        elif not uses_teacher(_spec(loss)):
             why = "needs no teacher, and without one the student's own answers (on_policy) teach nothing"
             yield (
                 ("losses", index, "use"),
@@ -89,7 +94,7 @@ def _mixed_kinds(losses: list[Weighted[Loss]]) -> Iterator[Problem]:
     """A teacher is read in the student's tokens or in its own, not in both."""
     aligned = [loss.name for loss in losses if _spec(loss).loss_kind == "aligned"]
     for index, loss in enumerate(losses):
-        if aligned and _spec(loss).loss_kind == "token" and _spec(loss).needs:
+        if aligned and _spec(loss).loss_kind != "aligned" and uses_teacher(_spec(loss)):
             why = f"'{loss.name}' needs a teacher of the student's tokens, '{aligned[0]}' reads it in its own"
             yield ("losses", index, "use"), f"{why}; use one of them, with cross-entropy if you like"
 

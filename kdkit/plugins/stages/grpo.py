@@ -17,6 +17,7 @@ from kdkit.train.batching import DataOrder
 from kdkit.train.loop import Task, train
 from kdkit.train.objective import LossTerm
 from kdkit.train.policy.buffer import RolloutBuffer
+from kdkit.train.policy.dropout import without_dropout
 from kdkit.train.policy.grpo import GroupRollouts
 from kdkit.train.policy.records import Record, write_records
 from kdkit.train.policy.scoring import Scorer
@@ -66,7 +67,8 @@ class _Stage:
         compute = torch.bfloat16 if precision == "bf16" else torch.float32
         buffer = self._buffer(self._rollouts(encoder, compute))
         stream = Stream(self._terms(), buffer, temperature=params.temperature)
-        result = train(Task(student.model, [stream]), params, ctx, compute=compute)
+        with without_dropout(student.model):
+            result = train(Task(student.model, [stream]), params, ctx, compute=compute)
         rewarded = ", ".join(term.name for term in self.rewards.terms)
         method = f"{', '.join(loss.name for loss in params.losses)} with rewards {rewarded}"
         return save_student(params, ctx, student, result, precision=precision, method=method)

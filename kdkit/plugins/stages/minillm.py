@@ -22,6 +22,7 @@ from kdkit.train.encoding import encode_rows
 from kdkit.train.loop import Task, train
 from kdkit.train.objective import LossTerm
 from kdkit.train.policy.buffer import RolloutBuffer
+from kdkit.train.policy.dropout import without_dropout
 from kdkit.train.policy.returns import Estimator
 from kdkit.train.policy.rollouts import Answers, MiniLLMRollouts
 from kdkit.train.policy.scoring import Scorer
@@ -76,7 +77,8 @@ class _Stage:
         rows = partial(_rows, encoder=encoder, params=params, ctx=ctx)
         streams = [self._own(encoder, compute), *self._lm(rows)]
         held_out = [row for component in params.eval_data or () for row in rows(component)[: params.eval_rows]]
-        result = train(Task(student.model, streams, held_out), params, ctx, compute=compute)
+        with without_dropout(student.model):
+            result = train(Task(student.model, streams, held_out), params, ctx, compute=compute)
         method = f"{', '.join(loss.name for loss in params.losses)} on its own answers"
         return save_student(params, ctx, student, result, precision=precision, method=method)
 
@@ -106,6 +108,7 @@ class _Stage:
             ),
             estimator=estimator_of(params),
             log=ctx.log,
+            reads_teacher=any(_reads_teacher(loss) for loss in params.losses),
         )
         buffer = RolloutBuffer(
             rollouts.make,
@@ -161,6 +164,10 @@ class _Stage:
                 hint="set teacher_mixed_alpha: 0, or use the teacher local",
             )
         return model
+
+
+def _reads_teacher(loss: Any) -> bool:
+    return "teacher" in loss.found.spec.policy_needs_of(loss.params)
 
 
 def estimator_of(params: MiniLLMStageParams) -> Estimator:

@@ -38,7 +38,8 @@ class StudentRollouts(Sampling):
 class MiniLLMStageParams(TrainParams):
     """MiniLLM: the reverse KL of whole answers, by policy gradient on answers that the student samples itself.
 
-    docs/methods/minillm.md derives every term, and says what each parameter trades.
+    docs/methods/minillm.md derives every term, and says what each parameter trades. The student trains without dropout,
+    whatever its configuration says: ratios compare forward passes.
     """
 
     model: Ref[Model]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import GenerationConfig
@@ -28,12 +28,14 @@ from kdkit.train.encoding import encode_rows
 from kdkit.train.loop import TrainResult, data_task, train
 from kdkit.train.objective import LossTerm
 from kdkit.train.on_policy import OnPolicy
+from kdkit.train.representation import matched, teacher_layers
 from kdkit.train.rollout import stop_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from kdkit.api import Component, StageContext, Teacher
+    from kdkit.api import Component, StageContext, Teacher, TeacherSignals, TokenBatch
+    from kdkit.api.hidden import HiddenTeacher
     from kdkit.api.protocols import DatasetLoader, StageOutputs
     from kdkit.models.chat import Encoded
     from kdkit.plugins.stages.plugin import SftParams
@@ -127,15 +129,16 @@ def _train(
     encode = partial(_encode, encoder=encoder, reader=reader, params=params, ctx=ctx, positions=positions)
     precision = ctx.precision(params.precision)
     compute = torch.bfloat16 if precision == "bf16" else torch.float32
+    terms = matched(_terms(params, ctx, shared), student.model, teacher, seed_for=ctx.seed_for)
     data = [encode(component) for component in params.data]
     task = data_task(
         student.model,
-        _terms(params, ctx, shared),
+        terms,
         data,
         [component.weight for component in params.data],
         seed=ctx.seed_for("data-order"),
         held_out=[row for component in params.eval_data or () for row in encode(component)[: params.eval_rows]],
-        signals=teacher.signals if teacher is not None else None,
+        signals=_signals(teacher, teacher_layers(terms)),
         on_policy=_on_policy(params, ctx, student, encoder, shared, compute),
     )
     if fixed is not None:
@@ -177,9 +180,17 @@ def _terms(params: TrainParams, ctx: StageContext, shared: int | None) -> list[L
             # Only a divergence is confined to the entries both models have; a likelihood sees every entry.
             vocabulary=shared if uses_teacher(loss.found.spec) else None,
             kind=loss.found.spec.loss_kind,  # type: ignore[attr-defined]
+            teacher=uses_teacher(loss.found.spec),
         )
         for loss in params.losses
     ]
+
+
+def _signals(teacher: Teacher | None, layers: Sequence[int]) -> Callable[[TokenBatch], TeacherSignals] | None:
+    """The teacher's view of a batch, with the hidden states of ``layers``."""
+    if teacher is None or not layers:
+        return None if teacher is None else teacher.signals
+    return partial(cast("HiddenTeacher", teacher).signals, layers=layers)
 
 
 def _is_aligned(params: TrainParams) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +15,7 @@ from kdkit.models.heads import CausalParts, split, verify_split
 from kdkit.models.load import Vocabulary, load_model, load_tokenizer, vocabulary
 from kdkit.train.objective import valid_hidden
 from kdkit.train.packing import isolates, unpack
+from kdkit.train.representation import HiddenStates
 from kdkit.train.rollout import generate, stop_ids
 
 if TYPE_CHECKING:
@@ -28,15 +30,23 @@ __all__ = ["LocalTeacher"]
 
 @dataclass(frozen=True, slots=True)
 class _HiddenSignals:
-    """Hidden states [N, D] of all valid tokens; logits are projected for the block that is asked for."""
+    """Last hidden states [N, D] of all valid tokens; logits are projected for the block that is asked for.
+
+    ``layers``: the hidden states of other layers that losses compare.
+    """
 
     parts: CausalParts
-    hidden: Tensor
+    last: Tensor
+    layers: Mapping[int, Tensor] = field(default_factory=dict)
 
     @torch.no_grad()
     def block(self, start: int, stop: int, /) -> Dense:
         """Raw logits [stop - start, V] in the dtype of the weights."""
-        return Dense(self.parts.project(self.hidden[start:stop]))
+        return Dense(self.parts.project(self.last[start:stop]))
+
+    def hidden(self, layers: Sequence[int], /) -> tuple[Tensor, ...]:
+        """[N, D] each, in the dtype of the weights."""
+        return tuple(self.layers[layer] for layer in layers)
 
 
 class LocalTeacher:
@@ -56,18 +66,31 @@ class LocalTeacher:
         self._batch_size = params.batch_size
         self.vocabulary: Vocabulary = vocabulary(self.tokenizer, self._model)
 
+    @cached_property
+    def _states(self) -> HiddenStates:
+        return HiddenStates(self._model)
+
+    @property
+    def hidden_sizes(self) -> tuple[int, ...]:
+        """Width of each of its hidden states."""
+        return self._states.sizes
+
     @property
     def model(self) -> PreTrainedModel:
         """The model itself, which can take part in the student's sampling."""
         return self._model
 
     @torch.no_grad()
-    def signals(self, batch: TokenBatch, /) -> _HiddenSignals:
-        """One forward pass of the trunk over the batch."""
+    def signals(self, batch: TokenBatch, /, *, layers: Sequence[int] = ()) -> _HiddenSignals:
+        """One forward pass of the trunk over the batch, of whose hidden states these ``layers`` are kept."""
         # Some architectures have buffers of their number of positions, which a packed row may exceed.
         if not self._isolates or (self.positions is not None and batch.input_ids.shape[1] > self.positions):
             batch = unpack(batch)
-        return _HiddenSignals(self._parts, valid_hidden(self._parts.trunk, batch))
+        if not layers:
+            return _HiddenSignals(self._parts, valid_hidden(self._parts.trunk, batch))
+        with self._states.keep(layers) as kept:
+            last = valid_hidden(self._parts.trunk, batch)
+        return _HiddenSignals(self._parts, last, self._states.of_tokens(kept, last, batch, layers))
 
     def generate(self, prompts: Sequence[Example], sampling: Sampling, seed: int, /) -> Sequence[Completion]:
         """Answers to the prompts, rendered with the teacher's own chat template."""
@@ -84,5 +107,5 @@ class LocalTeacher:
 
     def close(self) -> None:
         """Drop the weights."""
-        for name in ("_model", "_parts"):
+        for name in ("_model", "_parts", "_states"):
             self.__dict__.pop(name, None)

@@ -102,10 +102,10 @@ def kdkit_teachers() -> Iterator[TeacherSpec[Any]]:
     """The teachers."""
     yield TeacherSpec(
         name="local",
-        summary="A Hugging Face model in this process: full logits and text",
+        summary="A Hugging Face model in this process: full logits, hidden states and text",
         params=LocalTeacherParams,
         build=_local,
-        gives=frozenset({"logits", "text"}),
+        gives=frozenset({"logits", "text", "hidden"}),
     )
     yield TeacherSpec(
         name="openai",

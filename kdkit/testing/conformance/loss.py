@@ -174,6 +174,17 @@ class TokenLossConformance(EngineInvariance):
         for now, before in zip((student, teacher, labels), kept, strict=True):
             assert torch.equal(now, before), "an input was changed in place"
 
+    def test_nothing_is_written_in_place_in_float32(self) -> None:
+        """In float32 an upcast is no copy, so that what follows it in place writes into what other losses read."""
+        for temperature in self._temperatures():
+            for grad in (False, True):
+                # Not a leaf, which torch would guard by an error of its own.
+                student, teacher = (1.0 * logits(seed).float().requires_grad_(grad) for seed in (1, 0))
+                kept = student.detach().clone(), teacher.detach().clone()
+                self._value(student, teacher.detach(), target_ids(), temperature)
+                for name, now, before in zip(("student", "teacher"), (student, teacher), kept, strict=True):
+                    assert torch.equal(now.detach(), before), f"the loss wrote into the {name}'s logits in place"
+
     def test_no_gradient_reaches_the_teacher(self) -> None:
         if not self.teacher:
             pytest.skip("no teacher")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +12,7 @@ import torch
 from kdkit.api.data import PolicyLossInputs, TokenBatch
 from kdkit.api.errors import ConformanceError
 from kdkit.models.chat import Encoded
-from kdkit.train.policy.rows import OPTIONAL, PolicyRow, sequence_count, token_count
+from kdkit.train.policy.rows import OPTIONAL, KeptIds, PolicyRow, all_have, sequence_count, token_count
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,7 +25,7 @@ class Support:
     """The ids that may be taken at every one of N tokens, laid end to end.
 
     Attributes:
-        ids: [M] int64 ids of all tokens.
+        ids: [M] int32 ids of all tokens.
         starts: [N + 1] int64 where the ids of a token start, and M.
     """
 
@@ -40,10 +39,9 @@ class Support:
         Raises:
             ConformanceError: A row has none, or a token was taken that is not in its own support.
         """
-        kept = [ids for row in rows for ids in row.support or ()]
+        kept = [row.support or KeptIds.of(()) for row in rows]
         labels = np.asarray([i for row in rows for i, learned in zip(row.ids, row.learned, strict=True) if learned])
-        sizes = np.asarray([len(ids) for ids in kept], dtype=np.int64)
-        ids = np.fromiter(chain.from_iterable(kept), dtype=np.int64, count=int(sizes.sum()))
+        sizes, ids = np.concatenate([np.diff(k.offsets) for k in kept]), np.concatenate([k.ids for k in kept])
         tokens = np.repeat(np.arange(len(sizes)), sizes)
         if len(sizes) != len(labels) or len(np.unique(tokens[ids == labels[tokens]])) != len(labels):
             raise ConformanceError("a completion has a token outside the support it was sampled from")
@@ -55,7 +53,7 @@ class Support:
         starts = self.starts[start : stop + 1]
         tokens = torch.repeat_interleave(torch.arange(stop - start), starts.diff())
         mask = torch.zeros(stop - start, width, dtype=torch.bool, device=device)
-        mask[tokens.to(device), self.ids[starts[0] : starts[-1]].to(device)] = True
+        mask[tokens.to(device), self.ids[starts[0] : starts[-1]].to(device, torch.int64)] = True
         return mask
 
 
@@ -149,7 +147,7 @@ def policy_batch(
     # Ids may be equal, several completions of one prompt have the same; the order is told by numbers.
     batch = lay([Encoded(str(place), row.ids, row.learned) for place, row in enumerate(rows)])
     ordered = [rows[int(place)] for place in batch.example_ids]
-    names = ["old_logprobs", "advantages", *(name for name in OPTIONAL if _all_have(name, ordered))]
+    names = ["old_logprobs", "advantages", *(name for name in OPTIONAL if all_have(name, ordered))]
     values = {
         name: torch.tensor([value for row in ordered for value in getattr(row, name)], dtype=torch.float64)
         for name in names
@@ -160,16 +158,8 @@ def policy_batch(
         values=values,
         groups=torch.tensor([row.group for row in ordered]),
         temperature=temperature,
-        support=Support.of(ordered) if _all_have("support", ordered) else None,
+        support=Support.of(ordered) if all_have("support", ordered) else None,
         tokens=token_count(ordered),
         sequences=sequence_count(ordered),
     )
     return replace(batch, example_ids=tuple(row.id for row in ordered)), policy
-
-
-def _all_have(name: str, rows: Sequence[PolicyRow]) -> bool:
-    """Whether the rows have an optional field; None must not silently stand for a value."""
-    have = {getattr(row, name) is not None for row in rows}
-    if len(have) > 1:
-        raise ConformanceError(f"some completions have {name}, others do not")
-    return have == {True}

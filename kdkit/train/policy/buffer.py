@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from itertools import accumulate, chain, pairwise
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from kdkit.api.errors import StageError
 from kdkit.train.batching import derived_rng
 from kdkit.train.checkpoint import State
-from kdkit.train.policy.rows import OPTIONAL, PolicyRow
+from kdkit.train.policy.rows import OPTIONAL, KeptIds, PolicyRow, all_have
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -127,6 +128,8 @@ class RolloutBuffer:
     def _hold(self, iteration: int, rollouts: Sequence[PolicyRow]) -> None:
         if len(rollouts) != self._num_rollouts:
             raise StageError(f"iteration {iteration + 1} has {len(rollouts)} rollouts, not {self._num_rollouts}")
+        for name in (*OPTIONAL, "support"):
+            all_have(name, rollouts)
         self._held, self._rollouts = iteration, list(rollouts)
 
 
@@ -140,14 +143,14 @@ def _as_tensors(rows: Sequence[PolicyRow]) -> dict[str, Tensor]:
         "counts": torch.tensor([row.counts for row in rows]),
     }
     for name in ("old_logprobs", "advantages", *OPTIONAL):
-        values = [getattr(row, name) for row in rows]
-        if None not in values:
-            tensors[name] = torch.tensor([*chain.from_iterable(values)], dtype=torch.float64)
+        if all_have(name, rows):
+            values = chain.from_iterable(getattr(row, name) for row in rows)
+            tensors[name] = torch.tensor([*values], dtype=torch.float64)
     supports = [row.support for row in rows if row.support is not None]
-    if len(supports) == len(rows):
-        kept = [ids for support in supports for ids in support]
-        tensors["support_sizes"] = torch.tensor([len(ids) for ids in kept])
-        tensors["support"] = torch.tensor([*chain.from_iterable(kept)])
+    if all_have("support", rows):
+        sizes = [np.diff(kept.offsets) for kept in supports]
+        tensors["support_sizes"] = torch.from_numpy(np.concatenate(sizes).astype(np.int32))
+        tensors["support"] = torch.from_numpy(np.concatenate([kept.ids for kept in supports]))
     return tensors
 
 
@@ -161,8 +164,9 @@ def _as_rows(tensors: dict[str, Tensor] | Any, ids: Sequence[str]) -> list[Polic
         if name in tensors:
             fields[name] = _cut(tensors[name].tolist(), targets)
     if "support" in tensors:
-        kept = _cut(tensors["support"].tolist(), tensors["support_sizes"].tolist())
-        fields["support"] = _cut(kept, targets)
+        sizes = tensors["support_sizes"].numpy()
+        kept = np.split(tensors["support"].numpy(), np.cumsum(sizes[:-1], dtype=np.int64))
+        fields["support"] = [KeptIds.of(kept[start:stop]) for start, stop in pairwise(accumulate(targets, initial=0))]
     return [
         PolicyRow(id=ids[i], ids=tokens[i], learned=learned[i], **{name: values[i] for name, values in fields.items()})
         for i in range(len(ids))

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
+    "RULED_OUT",
     "Estimate",
     "Estimator",
     "SumRanks",
@@ -38,6 +39,8 @@ SumRanks: TypeAlias = "Callable[[Tensor], Tensor]"
 """Sums a small float64 tensor over all ranks."""
 
 _EPSILON: Final = 1e-8
+RULED_OUT: Final = "an advantage is not finite: the teacher rules out a token that was sampled"
+"""What is wrong with a log-probability of -inf under the teacher."""
 
 
 def _one_rank(sums: Tensor) -> Tensor:
@@ -221,8 +224,7 @@ class Estimator:
         advantages = whiten(returns, mask, self.whiten, width=self.width, sum_ranks=sum_ranks)
         if not bool(torch.isfinite(advantages).all()):
             raise StageError(
-                "an advantage is not finite: the teacher rules out a token that was sampled, or products of importance "
-                "weights overflow",
+                f"{RULED_OUT}, or products of importance weights overflow",
                 hint="set cliprange_reward, or use importance: token",
             )
         return Estimate(advantages, *self._weights(weights, mask), own)

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
+from kdkit.api.errors import StageError
 from kdkit.train.batching import DataOrder
 from kdkit.train.on_policy import as_deployed
-from kdkit.train.policy.returns import Estimate, Estimator, mixture_weights
-from kdkit.train.policy.rows import PolicyRow
+from kdkit.train.policy.returns import RULED_OUT, Estimate, Estimator, mixture_weights
+from kdkit.train.policy.rows import KeptIds, PolicyRow
 from kdkit.train.policy.scoring import Scorer
 from kdkit.train.rollout import Decoded, mismatch, stream_seed
 
@@ -58,6 +59,7 @@ class MiniLLMRollouts:
         scorer: Log-probabilities under both models.
         estimator: Advantages and weights.
         log: Takes a line of text.
+        reads_teacher: A loss computes with the teacher's log-probabilities themselves, so that none may be -inf.
     """
 
     model: PreTrainedModel
@@ -70,6 +72,7 @@ class MiniLLMRollouts:
     scorer: Scorer
     estimator: Estimator
     log: Callable[[str], None]
+    reads_teacher: bool = False
     _facts: list[dict[str, float]] = field(default_factory=list)
 
     def make(self, iteration: int) -> list[PolicyRow]:
@@ -87,9 +90,15 @@ class MiniLLMRollouts:
             rows = [unscored(place, *both) for place, both in enumerate(zip(chosen, decoded, strict=True))]
             rows = self.scorer(rows)
         old, teacher, mask = _padded([row.old_logprobs for row in rows], [row.teacher_logprobs or () for row in rows])
+        if self.reads_teacher and not bool(torch.isfinite(teacher).all()):
+            raise StageError(RULED_OUT, hint="use the loss minillm alone, with cliprange_reward")
         estimate = self.estimator(teacher, old, mask)
         facts = lengths(decoded, seconds, self.stop_ids) | mismatches(decoded, rows)
         facts |= _credited(teacher, old, mask, estimate, self.estimator.alpha)
+        ends = [place for place, answer in enumerate(decoded) if answer.ids[-1] in self.stop_ids]
+        if ends:
+            last = [float(estimate.advantages[place, rows[place].targets - 1]) for place in ends]
+            facts["end_advantage"] = sum(last) / len(last)
         self._facts.append(facts)
         self.log(_line(iteration, len(rows), facts))
         return [_credit(row, place, estimate) for place, row in enumerate(rows)]
@@ -99,10 +108,13 @@ class MiniLLMRollouts:
 
         ``reward`` per token, scaled and clipped; ``reverse_kl_estimate``, the mean of w (log q - log p) over sampled
         tokens; ``importance_weight`` w; ``answer_tokens`` with the end token; ``truncated_share``;
+        ``end_advantage``, the mean advantage of end tokens, where there were any: above 0, they get likelier;
         ``generation_tokens_per_s``; and how far decoding is from the forward pass of training (``mismatch_*``, nats).
         """
         made, self._facts = self._facts, []
-        return {name: sum(facts[name] for facts in made) / len(made) for name in (made[0] if made else ())}
+        names = dict.fromkeys(name for facts in made for name in facts)
+        values = {name: [facts[name] for facts in made if name in facts] for name in names}
+        return {name: sum(of) / len(of) for name, of in values.items()}
 
 
 def lengths(decoded: Sequence[Decoded], seconds: float, stop_ids: Sequence[int]) -> dict[str, float]:
@@ -145,7 +157,7 @@ def unscored(place: int, prompt: Prompt, answer: Decoded) -> PolicyRow:
         old_logprobs=zeros,
         advantages=zeros,
         group=place,
-        support=None if answer.support is None else tuple(answer.support),
+        support=None if answer.support is None else KeptIds.of(answer.support),
     )
 
 

@@ -2,17 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
 
 from kdkit.api.errors import ConformanceError
 from kdkit.models.chat import Encoded
 
-__all__ = ["OPTIONAL", "PolicyRow", "sequence_count", "token_count"]
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = ["OPTIONAL", "KeptIds", "PolicyRow", "all_have", "sequence_count", "token_count"]
 
 OPTIONAL: Final = ("teacher_logprobs", "ref_logprobs", "importance_weights", "token_weights")
 """Values per token that a row may lack; all rows of a training have the same ones."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class KeptIds:
+    """The ids that may be taken at every token of a completion, in 4 bytes each.
+
+    Attributes:
+        ids: [M] int32 ids of all tokens, end to end.
+        offsets: [tokens + 1] int64 where the ids of a token start, and M.
+    """
+
+    ids: NDArray[np.int32]
+    offsets: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, kept: Sequence[Sequence[int] | NDArray[np.int32]]) -> KeptIds:
+        """From the ids of every token."""
+        parts = [np.asarray(ids, dtype=np.int32) for ids in kept]
+        sizes = np.asarray([len(ids) for ids in parts], dtype=np.int64)
+        return cls(np.concatenate([np.zeros(0, np.int32), *parts]), np.concatenate([[0], np.cumsum(sizes)]))
+
+    def __len__(self) -> int:
+        """Number of tokens."""
+        return len(self.offsets) - 1
+
+    def __getitem__(self, token: int) -> NDArray[np.int32]:
+        """The ids of a token."""
+        place = range(len(self))[token]
+        return self.ids[self.offsets[place] : self.offsets[place + 1]]
+
+    def __eq__(self, other: object) -> bool:
+        """Whether the ids are the same."""
+        if not isinstance(other, KeptIds):
+            return NotImplemented
+        return np.array_equal(self.offsets, other.offsets) and np.array_equal(self.ids, other.ids)
+
+    def __hash__(self) -> int:
+        return hash((self.ids.tobytes(), self.offsets.tobytes()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +87,7 @@ class PolicyRow(Encoded):
     ref_logprobs: tuple[float, ...] | None = None
     importance_weights: tuple[float, ...] | None = None
     token_weights: tuple[float, ...] | None = None
-    support: tuple[tuple[int, ...], ...] | None = None
+    support: KeptIds | None = None
     counts: bool = True
 
     def __post_init__(self) -> None:
@@ -67,3 +110,15 @@ def token_count(rows: Iterable[Encoded]) -> int:
 def sequence_count(rows: Iterable[Encoded]) -> int:
     """Completions that count; rows of data are none."""
     return sum(row.counts for row in rows if isinstance(row, PolicyRow))
+
+
+def all_have(name: str, rows: Sequence[PolicyRow]) -> bool:
+    """Whether the rows have an optional field; None must not silently stand for a value.
+
+    Raises:
+        ConformanceError: Some rows have it, others lack it.
+    """
+    have = {getattr(row, name) is not None for row in rows}
+    if len(have) > 1:
+        raise ConformanceError(f"some completions have {name}, others do not")
+    return have == {True}

@@ -8,12 +8,12 @@ up to rounding.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import repeat
 from typing import TYPE_CHECKING, Final
 
 import torch
-from torch import nn
 
 from kdkit.api.data import Dense, TokenBatch
 from kdkit.api.errors import StageError
@@ -21,6 +21,7 @@ from kdkit.models.heads import split
 from kdkit.train.batching import collate, micro_batches
 from kdkit.train.blocks import block_tokens
 from kdkit.train.divergences import upcast
+from kdkit.train.logits import logit_blocks
 from kdkit.train.objective import valid_hidden
 from kdkit.train.packing import isolates, pack
 from kdkit.train.policy.batch import PolicyBatch, policy_batch
@@ -102,46 +103,40 @@ class Scorer:
 
     def _batch(self, batch: TokenBatch, policy: PolicyBatch) -> dict[str, Tensor]:
         """[N] of all taken tokens: log-probabilities by the names of fields of rows, and the student's entropy."""
-        hidden = self._hidden(self.model, batch)
-        reference = None if self.reference is None else self._hidden(self.reference, batch)
         labels = batch.input_ids[:, 1:][batch.labels_mask[:, 1:]]
         signals = None if self.signals is None else self.signals(batch)
         size = block_tokens(int(split(self.model).head.weight.shape[0]))
+        frozen = repeat(None) if self.reference is None else self._logits(self.reference, batch, size)
         found: dict[str, list[Tensor]] = {}
-        for start in range(0, len(labels), size):
-            stop = min(start + size, len(labels))
+        for (start, logits), of_reference in zip(self._logits(self.model, batch, size), frozen, strict=False):
+            stop = start + len(logits)
             kept = policy.support.kept(start, stop, self.vocabulary, labels.device) if policy.support else None
-            own = self._taken(self._logits(self.model, hidden[start:stop]), labels[start:stop], kept)
+            own = self._taken(logits, labels[start:stop], kept, entropy=True)
             found.setdefault("old_logprobs", []).append(own.logprobs)
             if own.entropy is not None:
                 found.setdefault(_ENTROPY, []).append(own.entropy)
             if signals is not None:
                 teacher = self._of_teacher(signals.block(start, stop), labels[start:stop], kept)
                 found.setdefault("teacher_logprobs", []).append(teacher)
-            if self.reference is not None and reference is not None:
-                logits = self._logits(self.reference, reference[start:stop])
-                frozen = self._taken(logits, labels[start:stop], kept, entropy=False)
-                found.setdefault("ref_logprobs", []).append(frozen.logprobs)
+            if of_reference is not None:
+                taken = self._taken(of_reference[1], labels[start:stop], kept)
+                found.setdefault("ref_logprobs", []).append(taken.logprobs)
         return {name: torch.cat(parts) for name, parts in found.items()}
 
-    def _hidden(self, model: PreTrainedModel, batch: TokenBatch) -> Tensor:
-        with torch.autocast(batch.input_ids.device.type, self.compute, enabled=self.compute in _HALF):
-            return valid_hidden(split(model).trunk, batch)
-
-    def _logits(self, model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    def _logits(self, model: PreTrainedModel, batch: TokenBatch, size: int) -> Iterator[tuple[int, Tensor]]:
+        """Where blocks of taken tokens start, and their logits as losses see them."""
         parts = split(model)
-        weight, bias = (None if p is None else p.to(self.compute) for p in (parts.head.weight, parts.head.bias))
-        projected = nn.functional.linear(hidden.to(self.compute), weight, bias)
-        return upcast(parts.transform(upcast(projected)))
+        with torch.autocast(batch.input_ids.device.type, self.compute, enabled=self.compute in _HALF):
+            hidden = valid_hidden(parts.trunk, batch)
+        return logit_blocks(hidden, parts, size, self.compute)
 
-    def _taken(self, logits: Tensor, labels: Tensor, kept: Tensor | None, *, entropy: bool = True) -> Taken:
-        return taken_logprobs(
-            logits[:, : self.vocabulary], labels, temperature=self.temperature, kept=kept, entropy=entropy
-        )
+    def _taken(self, logits: Tensor, labels: Tensor, kept: Tensor | None, *, entropy: bool = False) -> Taken:
+        scores = logits[:, : self.vocabulary]
+        return taken_logprobs(scores, labels, temperature=self.temperature, kept=kept, entropy=entropy)
 
     def _of_teacher(self, signal: TeacherSignal, labels: Tensor, kept: Tensor | None) -> Tensor:
         if isinstance(signal, Dense):
-            return self._taken(upcast(signal.logits), labels, kept, entropy=False).logprobs
+            return self._taken(upcast(signal.logits), labels, kept).logprobs
         if signal.taken is None:
             raise StageError(
                 f"the teacher '{self.teacher}' does not give the log-probability of the sampled token, only of its "

@@ -8,7 +8,7 @@ in float32, but for near-ties of two logits; in bf16 the rounding depends on the
 from __future__ import annotations
 
 from kdkit.train.rollout.decode import Decoded, completion, decode, generate, generate_ids, stop_ids
-from kdkit.train.rollout.logprobs import Mismatch, TokenLogprobs, mismatch, taken_logprobs, token_logprobs
+from kdkit.train.rollout.logprobs import Mismatch, TokenLogprobs, mismatch, token_logprobs
 from kdkit.train.rollout.sampling import Mixture, cuts, warp
 from kdkit.train.rollout.seeds import stream_number, stream_seed
 
@@ -26,7 +26,6 @@ __all__ = [
     "stop_ids",
     "stream_number",
     "stream_seed",
-    "taken_logprobs",
     "token_logprobs",
     "warp",
 ]

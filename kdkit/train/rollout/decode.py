@@ -17,6 +17,8 @@ from kdkit.train.rollout.cache import PaddedRows, RaggedRows, Rows, ragged
 from kdkit.train.rollout.sampling import Mixture, cuts, next_tokens
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -37,14 +39,14 @@ class Decoded:
         ids: New token ids, with the stop id that ended them.
         logprobs: Of these tokens in nats under the model, warped as it was sampled; empty unless asked for.
         drawn: Log-probabilities under the distribution that was sampled from, which differ with a mixture only.
-        support: Ids that top-k and top-p of the model kept at every token, ascending; None unless asked for, or when
-            they keep all.
+        support: Ids (int32) that top-k and top-p of the model kept at every token, ascending; None unless asked for, or
+            when they keep all.
     """
 
     ids: list[int]
     logprobs: list[float]
     drawn: list[float]
-    support: list[tuple[int, ...]] | None = None
+    support: list[NDArray[np.int32]] | None = None
 
 
 def stop_ids(model: PreTrainedModel, encoder: ChatEncoder) -> tuple[int, ...]:
@@ -178,7 +180,7 @@ class _Job:
         self.ids: list[int] = []
         self.logprobs: list[float] = []
         self.drawn: list[float] = []
-        self.support: list[tuple[int, ...]] = []
+        self.support: list[NDArray[np.int32]] = []
         self.generator: torch.Generator
 
     def start(self) -> None:
@@ -261,7 +263,7 @@ class _Decoder(nn.Module):
                 job.drawn.append(drawn)
         if found.kept is not None:
             for job, kept in zip(running, found.kept.cpu(), strict=True):
-                job.support.append(tuple(kept.nonzero()[:, 0].tolist()))
+                job.support.append(kept.nonzero()[:, 0].to(torch.int32).numpy())
         return found.tokens
 
     def _goes_on(self, job: _Job) -> bool:

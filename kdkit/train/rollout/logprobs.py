@@ -14,9 +14,10 @@ import torch
 
 from kdkit.models.chat import Encoded
 from kdkit.models.heads import CausalParts, split
-from kdkit.train.divergences import upcast
+from kdkit.train.logits import logit_blocks
 from kdkit.train.objective import block_tokens, valid_hidden
 from kdkit.train.packing import isolates, pack, unpack
+from kdkit.train.policy.terms import Taken, taken_logprobs
 from kdkit.train.rollout.sampling import warp
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
     from kdkit.api import Sampling, TokenBatch
 
-__all__ = ["Mismatch", "TokenLogprobs", "mismatch", "taken_logprobs", "token_logprobs"]
+__all__ = ["Mismatch", "TokenLogprobs", "mismatch", "token_logprobs"]
 
 _FAR: Final = 0.1
 """Nats from which a token counts as decoded with another probability."""
@@ -78,29 +79,6 @@ def mismatch(decoded: Sequence[Sequence[float]], recomputed: Sequence[Tensor]) -
     return Mismatch(float(gap.mean()), float(gap.max()), far) if len(gap) else Mismatch(0.0, 0.0, far)
 
 
-def taken_logprobs(
-    logits: Tensor, labels: Tensor, sampling: Sampling | None = None, *, entropy: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    """Log-probabilities [N] of ``labels`` [N] under ``logits`` [N, V], and the entropies [N] if asked for, in nats.
-
-    Differentiable, and a token's values depend on its own row only, so that blocks of any size give the same.
-
-    Args:
-        logits: Raw, of the vocabulary that was chosen from. Computed in float32 at least.
-        labels: Int64.
-        sampling: Warp as in decoding; None takes the softmax as it is.
-        entropy: Whether it is wanted.
-    """
-    scores = upcast(logits) if sampling is None else warp(logits, sampling)
-    logprobs = scores.log_softmax(dim=-1)
-    taken = logprobs.gather(-1, labels.unsqueeze(-1))[:, 0]
-    if not entropy:
-        return taken, None
-    # Nothing times minus infinity is nothing here, in the gradient as well.
-    finite = logprobs.masked_fill(scores == -torch.inf, 0.0)
-    return taken, -(logprobs.exp() * finite).sum(dim=-1)
-
-
 @torch.no_grad()
 def token_logprobs(
     model: PreTrainedModel,
@@ -137,7 +115,7 @@ def token_logprobs(
             packed = isolates(parts.trunk)
         for chosen in _batches(rows, batch_tokens):
             batch = pack(chosen, limit=batch_tokens, device=device)
-            values = _values(parts, batch if packed else unpack(batch), sampling, vocabulary, entropy=entropy)
+            values = _values(parts, batch if packed else unpack(batch), sampling, vocabulary, compute, entropy=entropy)
             order = [int(name) for name in batch.example_ids]
             sizes = [len(completions[i]) for i in order]
             pairs = zip(values[0].cpu().split(sizes), values[1].cpu().split(sizes), strict=True)
@@ -164,13 +142,21 @@ def _batches(rows: Sequence[Encoded], tokens: int) -> Iterator[list[Encoded]]:
 
 
 def _values(
-    parts: CausalParts, batch: TokenBatch, sampling: Sampling | None, vocabulary: int | None, *, entropy: bool
+    parts: CausalParts,
+    batch: TokenBatch,
+    sampling: Sampling | None,
+    vocabulary: int | None,
+    compute: torch.dtype | None,
+    *,
+    entropy: bool,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropies of all learned tokens of a batch; the latter are zero when not wanted."""
     hidden, labels = valid_hidden(parts.trunk, batch), batch.input_ids[:, 1:][batch.labels_mask[:, 1:]]
-    size = block_tokens(parts.head.weight.shape[0])
-    made: list[tuple[Tensor, Tensor]] = []
-    for states, wanted in zip(hidden.split(size), labels.split(size), strict=True):
-        taken, spread = taken_logprobs(parts.project(states)[:, :vocabulary], wanted, sampling, entropy=entropy)
-        made.append((taken, torch.zeros_like(taken) if spread is None else spread))
-    return torch.cat([a for a, _ in made]), torch.cat([b for _, b in made])
+    weight = parts.head.weight
+    made: list[Taken] = []
+    for start, logits in logit_blocks(hidden, parts, block_tokens(weight.shape[0]), compute or weight.dtype):
+        cut = logits[:, :vocabulary]
+        scores = cut if sampling is None else warp(cut, sampling)
+        made.append(taken_logprobs(scores, labels[start : start + len(scores)], entropy=entropy))
+    spread = [torch.zeros_like(part.logprobs) if part.entropy is None else part.entropy for part in made]
+    return torch.cat([part.logprobs for part in made]), torch.cat(spread)
