@@ -53,6 +53,13 @@ from kdkit.api.protocols import (
     RolloutModel,
     RowTeacher,
     RunInfo,
+    StageContext,
+    Teacher,
+    TeacherSignals,
+    TokenLoss,
+    Tracker,
+)
+from kdkit.api.sandboxes import (
     Sandbox,
     SandboxCanary,
     SandboxJob,
@@ -60,11 +67,6 @@ from kdkit.api.protocols import (
     SandboxOutcome,
     SandboxReport,
     SandboxSession,
-    StageContext,
-    Teacher,
-    TeacherSignals,
-    TokenLoss,
-    Tracker,
 )
 from kdkit.api.slots import Component, OneOrMore, Ref, Scheduled, Weighted
 from kdkit.api.specs import (

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 from kdkit.api.errors import EnvironmentUnmet, ExitCode
-from kdkit.api.protocols import SandboxReport
+from kdkit.api.sandboxes import SandboxReport
 from kdkit.api.specs import SandboxSpec
 from kdkit.cli.output import emit, emit_json, table, visible
 from kdkit.host import Catalog, Entry, plugin_errors

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from kdkit.api.protocols import SandboxJob, SandboxLimits, SandboxOutcome, SandboxReport
+from kdkit.api.sandboxes import SandboxJob, SandboxLimits, SandboxOutcome, SandboxReport
 
 __all__ = ["Behaviour", "FakeBuildContext", "FakeSandbox", "FakeSession"]
 

@@ -10,7 +10,7 @@ from typing import Final, Literal
 from weakref import finalize
 
 from kdkit.api.errors import ConformanceError, EnvironmentUnmet, KdkitError
-from kdkit.api.protocols import Sandbox, SandboxJob, SandboxLimits, SandboxOutcome, SandboxSession
+from kdkit.api.sandboxes import Sandbox, SandboxJob, SandboxLimits, SandboxOutcome, SandboxSession
 from kdkit.plugins.rewards.compare import compare
 from kdkit.plugins.rewards.problems import Problem
 from kdkit.plugins.rewards.verdicts import Verdict, of_outcome, worst

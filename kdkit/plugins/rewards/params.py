@@ -9,7 +9,8 @@ from pydantic_core import PydanticCustomError
 
 from kdkit.api.artifacts import Model
 from kdkit.api.params import Params
-from kdkit.api.protocols import Metric, Reward, Sandbox, Teacher
+from kdkit.api.protocols import Metric, Reward, Teacher
+from kdkit.api.sandboxes import Sandbox
 from kdkit.api.slots import Component, Ref
 
 __all__ = [

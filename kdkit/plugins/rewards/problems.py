@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeAlias
 
 from kdkit.api.data import Example
-from kdkit.api.protocols import SandboxLimits
+from kdkit.api.sandboxes import SandboxLimits
 from kdkit.plugins.rewards.programs import Language, language_of
 
 __all__ = ["Limiting", "Problem", "problem_of"]

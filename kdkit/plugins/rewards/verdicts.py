@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from enum import StrEnum
 from typing import Final
 
-from kdkit.api.protocols import SandboxOutcome
+from kdkit.api.sandboxes import SandboxOutcome
 
 __all__ = ["Verdict", "of_outcome", "worst"]
 

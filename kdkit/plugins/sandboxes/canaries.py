@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from kdkit.api.protocols import SandboxCanary, SandboxJob, SandboxLimits, SandboxOutcome
+from kdkit.api.sandboxes import SandboxCanary, SandboxJob, SandboxLimits, SandboxOutcome
 from kdkit.plugins.sandboxes.jails import JAIL_ENVIRONMENT
 from kdkit.plugins.sandboxes.session import Session
 

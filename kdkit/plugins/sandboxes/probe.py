@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from kdkit.api.errors import EnvironmentUnmet
-from kdkit.api.protocols import SandboxCanary, SandboxReport
+from kdkit.api.sandboxes import SandboxCanary, SandboxReport
 from kdkit.plugins.sandboxes.canaries import LIMITS, run_canaries
 from kdkit.plugins.sandboxes.jails import Jail, find_bwrap
 from kdkit.plugins.sandboxes.session import Session

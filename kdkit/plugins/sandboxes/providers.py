@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from kdkit.api.errors import EnvironmentUnmet
-from kdkit.api.protocols import SandboxLimits, SandboxReport
+from kdkit.api.sandboxes import SandboxLimits, SandboxReport
 from kdkit.plugins.sandboxes.jails import BubblewrapJail, Jail, LandlockJail
 from kdkit.plugins.sandboxes.probe import probe, remembered
 from kdkit.plugins.sandboxes.session import Session, default_workers

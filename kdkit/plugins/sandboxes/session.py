@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Final
 
 from kdkit.api.errors import EnvironmentUnmet, StageError
-from kdkit.api.protocols import SandboxJob, SandboxLimits, SandboxOutcome
+from kdkit.api.sandboxes import SandboxJob, SandboxLimits, SandboxOutcome
 from kdkit.plugins.sandboxes import verdicts
 from kdkit.plugins.sandboxes.compiler import COMPILE, Binary, BinaryCache, command, executable_file, find_compiler
 from kdkit.plugins.sandboxes.inside.payload import SCRIPT

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Final
 
 from kdkit.api.errors import StageError
-from kdkit.api.protocols import SandboxJob, SandboxLimits, SandboxOutcome, SandboxReport
+from kdkit.api.sandboxes import SandboxJob, SandboxLimits, SandboxOutcome, SandboxReport
 from kdkit.plugins.sandboxes import verdicts
 from kdkit.plugins.sandboxes.compiler import command, find_compiler
 from kdkit.plugins.sandboxes.inside.supervise import OUTPUT

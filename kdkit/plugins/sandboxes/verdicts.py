@@ -9,7 +9,7 @@ from __future__ import annotations
 import signal
 from typing import Final, Literal
 
-from kdkit.api.protocols import SandboxLimits
+from kdkit.api.sandboxes import SandboxLimits
 from kdkit.plugins.sandboxes.inside.task import Reply
 
 __all__ = ["Status", "starved", "status_of"]
