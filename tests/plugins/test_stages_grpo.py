@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import hashlib
 import json
 import os
@@ -22,8 +24,11 @@ ROWS = [{"prompt": f"What is {'very ' * (i % 4)}{i} + {i}?", "completion": f"It 
 DATA = {"use": "jsonl", "source": "./rows.jsonl", "split": "train", "test_fraction": 0.2}
 PLUGIN = '''
 from __future__ import annotations
+from pathlib import Path
+from pydantic import Field
 from kdkit import Params, hookimpl
-from kdkit.api import Completion, RewardScore, RewardSpec, RolloutSpec
+from kdkit.api import Completion, Component, RewardScore, RewardSpec, RolloutSpec
+from kdkit.api import Sandbox, SandboxJob, SandboxLimits
 
 class Nothing(Params):
     """Nothing."""
@@ -35,8 +40,31 @@ def low(rollouts, /):
 def high(rollouts, /):
     return [RewardScore.of(sum(i >= 128 for i in r.token_ids[:6]) / 6) for r in rollouts]
 
+class Held(Params):
+    """A sandbox."""
+
+    sandbox: Component[Sandbox] = Field(default={"use": "auto"}, validate_default=True)
+
+class HeldUp:
+    """`low`, times what a program prints; in the second call of a process the program computes for ever."""
+
+    def __init__(self, sandbox):
+        self.session, self.calls = sandbox.open(SandboxLimits(wall_s=900.0, cpu_s=300.0)), 0
+
+    def __call__(self, rollouts, /):
+        self.calls += 1
+        if self.calls == 2:
+            Path(__file__).with_name("second-call").touch()
+        text = "while True: pass" if self.calls == 2 else "print(1)"
+        outcome = self.session.run([SandboxJob(program=text)])[0]
+        if outcome.status != "ok":
+            return [RewardScore.infra_error(outcome.status)] * len(rollouts)
+        return [RewardScore.of(int(outcome.stdout) * score.value) for score in low(rollouts)]
+
+    def close(self):
+        self.session.close()
+
 PROGRAM = """```python
-marker = 'PROGRAM-THAT-NEVER-ENDS'
 while True:
     pass
 ```"""
@@ -54,6 +82,8 @@ class Script:
 def kdkit_rewards():
     """Rewards."""
     yield RewardSpec(name="low", summary="Low ids", params=Nothing, build=lambda params, ctx: low, range=(0, 1))
+    yield RewardSpec(name="held", summary="Low ids, slowly", params=Held, range=(0, 1),
+                     build=lambda params, ctx: HeldUp(ctx.build(params.sandbox)))
     yield RewardSpec(name="high", summary="High ids", params=Nothing, build=lambda params, ctx: high, range=(0, 0.5))
 
 @hookimpl
@@ -70,6 +100,7 @@ def student(tmp_path_factory) -> Path:
 
 
 def recipe(tmp_path: Path, student: Path, **values) -> Path:
+    tmp_path.mkdir(exist_ok=True)
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     (tmp_path / "other.py").write_text(PLUGIN)
     stage = {
@@ -234,86 +265,98 @@ def test_a_run_that_dies_while_it_judges_goes_on_to_bitwise_the_same_weights(
     assert [line["step"] for line in lines if "train/learned_tokens" in line] == list(range(1, 9))
 
 
-SANDBOX = {"use": "auto"}
+CHILD_SUBREAPER = 36
 
 
-def descendants(pid: int) -> set[int]:
-    """All processes that a process started, and those they started."""
-    parents = {}
+def parents() -> dict[int, tuple[int, str]]:
+    """Parent and state of every process."""
+    found = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                state, parent, *_ = (entry / "stat").read_text().rpartition(")")[2].split()
             except OSError:
                 continue
-    found, fresh = set(), {pid}
-    while fresh:
-        fresh = {child for child, parent in parents.items() if parent in fresh} - found
-        found |= fresh
+            found[int(entry.name)] = int(parent), state
     return found
 
 
-def alive(pids: set[int]) -> set[int]:
-    states = {}
-    for pid in pids:
-        try:
-            states[pid] = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except OSError:
-            continue
-    return {pid for pid, state in states.items() if state not in "ZX"}
+def descendants(pid: int) -> set[int]:
+    """All processes that a process started and that live, and those they started."""
+    known, found, fresh = parents(), set(), {pid}
+    while fresh:
+        fresh = {child for child, (parent, _) in known.items() if parent in fresh} - found
+        found |= fresh
+    return {child for child in found if known[child][1] not in "ZX"}
 
 
-def wait_for(condition, what: str, seconds: float = 240.0):
-    end = time.monotonic() + seconds
+def wait_for(condition, what: str):
+    """Long enough for a machine that does a lot of other things."""
+    end = time.monotonic() + 600
     while not (found := condition()):
         assert time.monotonic() < end, what
         time.sleep(0.1)
     return found
 
 
+@pytest.fixture
+def orphanage():
+    """Where orphans of this process's children come to: here, not to init, so that nobody gets lost."""
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
+    assert prctl(CHILD_SUBREAPER, 1, 0, 0, 0) == 0
+    before = descendants(os.getpid())
+    yield lambda: descendants(os.getpid()) - before
+    prctl(CHILD_SUBREAPER, 0, 0, 0, 0)
+    for pid, (parent, _) in parents().items():
+        if parent == os.getpid() and pid not in before:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, os.WNOHANG)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="sandboxes need Linux")
-def test_a_trainer_that_is_killed_while_programs_run_leaves_none_of_them(tmp_path, student):
-    tests = [{"input": "", "output": "1"}]
-    rows = "".join(json.dumps({**row, "tests": tests}) + "\n" for row in ROWS)
-    rewards = [{"use": "correctness", "time_limit": 15.0, "sandbox": SANDBOX}]
-    file = recipe(tmp_path, student, rewards=rewards, rollout={"use": "script"}, max_length=400,
-                  max_completion_length=200)  # fmt: skip
-    (tmp_path / "rows.jsonl").write_text(rows)
-    environment = {**os.environ, "KDKIT_STORE": str(tmp_path / "store")}
+@pytest.mark.timeout(1800)
+def test_a_trainer_that_is_killed_while_programs_run_leaves_none_of_them(tmp_path, student, monkeypatch, orphanage):
+    """And goes on to bitwise the weights of a run that nobody stopped."""
+    held, schedule = [{"use": "held"}], {"losses": [{"use": "grpo", "beta": 0.1}], "save_steps": 3}
+    straight = run(tmp_path / "straight", student, **schedule)
+    monkeypatch.setenv("KDKIT_STORE", str(tmp_path / "store"))
+    file = recipe(tmp_path, student, rewards=held, **schedule)
     with (tmp_path / "log").open("wb") as log:
         command = [sys.executable, "-m", "kdkit", "run", str(file), "--out", str(tmp_path / "runs")]
-        trainer = subprocess.Popen(command, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+        trainer = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
 
-        def burning() -> set[int]:
-            """Processes below the trainer that have used a second of CPU in the jail."""
+        def computing() -> set[int]:
+            """Programs of the second iteration that use their core."""
             assert trainer.poll() is None, (tmp_path / "log").read_text()
-            return {pid for pid in descendants(trainer.pid) if _spins(pid)}
+            return {pid for pid in orphanage() if _spins(pid)} if (tmp_path / "second-call").exists() else set()
 
         try:
-            found = wait_for(burning, "no program is running")
-            everything = descendants(trainer.pid)
+            assert wait_for(computing, "no program is running")
             # The worker, in which the judge lives, dies without a chance to clean up; so does its parent.
-            for pid in (*_workers(everything), trainer.pid):
+            workers = [pid for pid in orphanage() if _is_worker(pid)]
+            for pid in (*workers, trainer.pid):
                 os.kill(pid, signal.SIGKILL)
         finally:
             trainer.kill()
             trainer.wait()
-    wait_for(lambda: not alive(everything), f"of {found}, {alive(everything)} are left", 30)
+    assert workers
+    wait_for(lambda: not orphanage(), "programs are left")
+    # A run that began again would call for the program that never ends, and fail.
+    weights, lines, records = run(tmp_path, student, rewards=held, **schedule)
+    assert weights == straight[0]
+    assert [record.text for record in records] == [record.text for record in straight[2]]
+    assert [line["step"] for line in lines if "train/entropy" in line] == [1, 5]
 
 
-def _workers(pids: set[int]) -> list[int]:
-    found = []
-    for pid in pids:
-        try:
-            if b"kdkit.engine.worker" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                found.append(pid)
-        except OSError:
-            continue
-    return found
+def _is_worker(pid: int) -> bool:
+    try:
+        return b"kdkit.engine.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
 
 
 def _spins(pid: int) -> bool:
-    """Whether it is a jailed Python that does nothing but compute."""
+    """Whether it is a jailed Python that has computed for half a second."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         jailed = "Seccomp:\t2" in Path(f"/proc/{pid}/status").read_text()

@@ -102,6 +102,9 @@ class EvaluateParams(Params):
     """Needed by metrics that compare distributions (teacher-kl). It is loaded only after all models have answered."""
     judge: Component[Reward] | None = None
     """Needed by metrics of passed answers (pass-at-k): an answer passes when this reward gives it 1 or more."""
+    rewards: list[Weighted[Reward]] = Field(default_factory=list)
+    """Rewards of a grpo stage, scored on the answers beside the metrics: each one's mean as `reward-NAME`, and their
+    weighted sum as `reward` where there are several. So the share of answers in the right form stands in the report."""
     baselines: bool = True
     """Score trivial answers as well (echo of the input, nothing, the most common reference) and the reference itself,
     with the metrics that compare texts."""
