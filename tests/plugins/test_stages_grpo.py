@@ -17,7 +17,7 @@ import pytest
 
 import kdkit
 from kdkit.plugins.stages.grpo_plugin import GRPOStageParams
-from kdkit.testing.tiny import save_tiny_model
+from kdkit.testing.tiny import save_tiny_model, tiny_tokenizer
 from kdkit.train.policy.records import read_records
 
 ROWS = [{"prompt": f"What is {'very ' * (i % 4)}{i} + {i}?", "completion": f"It is {2 * i}."} for i in range(40)]
@@ -181,6 +181,18 @@ def test_every_form_of_it_trains(tmp_path, student, values):
     if "resample_groups" in values:
         assert lines[0]["train/masked_share"] > 0
         assert not any(record.counts and record.truncated for record in records)
+
+
+def test_dropout_does_not_look_like_a_change_of_the_policy(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    drops = {"resid_pdrop": 0.3, "embd_pdrop": 0.3, "attn_pdrop": 0.3}
+    sizes = {"vocab_size": 259, "n_positions": 256, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    GPT2LMHeadModel(GPT2Config(**sizes, **drops, bos_token_id=256, eos_token_id=258)).save_pretrained(tmp_path / "gpt2")
+    tiny_tokenizer().save_pretrained(tmp_path / "gpt2")
+    _, lines, _ = run(tmp_path, tmp_path / "gpt2", max_steps=2, losses=[{"use": "grpo", "beta": 0.1}])
+    assert lines[0]["train/grpo/ratio"] == pytest.approx(1, abs=1e-5)
+    assert lines[0]["train/grpo/ref_kl"] == pytest.approx(0, abs=1e-9)
 
 
 def test_several_rewards_with_weights_ranges_and_schedules(tmp_path, student):
