@@ -306,3 +306,36 @@ def test_commands_in_the_readme_exist():
             [sys.executable, "-m", "kdkit", *command.split(), "--help"], capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, command
+
+
+def test_code_grpo_warms_up_rewards_and_judges_held_out_problems(tiny, tmp_path):
+    local = {"use": "unsafe-local"}
+    small: dict = {
+        "stages.sft.per_device_train_batch_size": 2,
+        "stages.grpo.rewards.2.sandbox": local,
+        "stages.grpo.rewards.3.correctness": {"use": "correctness", "sandbox": local},
+        "stages.eval.judge.sandbox": local,
+        "stages.eval.rewards.2.sandbox": local,
+        "stages.eval.rewards.3.correctness": {"use": "correctness", "sandbox": local},
+        "stages.eval.sampling.max_new_tokens": 6,
+        "stages.eval.data.max_rows": 12,
+        "stages.grpo.data.max_rows": 8,
+    }
+    var = {"student": str(tiny), "warmup_steps": 2, "steps": 2, "generations": 4, "rollouts": 8, "micro_batch": 4,
+           "micro_batches": 2, "completion": 12, "length": 1500}  # fmt: skip
+    recipe = ROOT / "recipes" / "code_grpo.yaml"
+    result = kdkit.run(recipe, set=small, var=var, out=tmp_path, inline=True)
+    assert result.ok, result.error
+    models = result.report["models"]
+    assert list(models) == ["base", "sft", "grpo"]
+    for facts in models.values():
+        rewards = {"reward", *(f"reward-{name}" for name in ("think", "steps", "correctness", "length"))}
+        assert {"pass-at-1", "parse-rate", "length", *rewards} <= set(facts["metrics"])
+        assert facts["metrics"]["pass-at-1"]["n"] == 12
+    lines = [line for line in result.stage("grpo").metrics() if "train/loss" in line]
+    assert [line["step"] for line in lines] == [1, 2]
+    page = next(path.read_text() for path in result.run_dir.rglob("report.html"))
+    assert "Rewards of stage grpo: total from" in page
+    for name in ("think", "steps", "correctness", "length", "total"):
+        assert f"train/reward/{name}/mean" in lines[0]
+    assert len(list((result.run_dir / "stages" / "grpo" / "rollouts").iterdir())) == 2

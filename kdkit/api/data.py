@@ -320,7 +320,10 @@ class Rollout:
 
 @dataclass(frozen=True, slots=True)
 class RewardScore:
-    """A reward, or the reason there is none. Only ``ok`` scores enter a group's baseline."""
+    """A reward, or the reason there is none. Only ``ok`` scores enter a group's baseline.
+
+    ``reason`` says why there is no value; beside a value it is a note for the person who reads rollouts.
+    """
 
     status: Literal["ok", "unscorable", "infra-error"]
     value: float | None = None

@@ -6,11 +6,12 @@ Heavy types appear only in annotations, so importing this module costs nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 from kdkit.api.artifacts import Artifact
+from kdkit.api.sandboxes import Sandbox
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -237,7 +238,7 @@ class Quantizer(Protocol):
         """Write a loadable directory to ``out_dir``."""
 
 
-# --- trackers and sandboxes -------------------------------------------------------------------------------------------
+# --- trackers ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -261,67 +262,6 @@ class Tracker(Protocol):
 
     def finish(self, status: Literal["ok", "failed", "stopped"], /) -> None:
         """The stage ended."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SandboxLimits:
-    """Bounds for one program: wall seconds, CPU seconds, bytes of memory, bytes of output, processes."""
-
-    wall_s: float = 10.0
-    cpu_s: float = 5.0
-    memory_bytes: int = 512 * 2**20
-    output_bytes: int = 2**20
-    processes: int = 16
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SandboxJob:
-    """A program with its input."""
-
-    program: str
-    language: Literal["python", "cpp"] = "python"
-    stdin: str = ""
-    files: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SandboxOutcome:
-    """What happened. ``infra-error`` means that the sandbox failed, not the program."""
-
-    status: Literal["ok", "runtime-error", "compile-error", "timeout", "memory", "output-limit", "infra-error"]
-    stdout: str = ""
-    stderr: str = ""
-    exit_code: int | None = None
-    wall_s: float = 0.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SandboxReport:
-    """Whether the sandbox works here, what it isolates, and what to do when it does not."""
-
-    usable: bool
-    isolates: tuple[str, ...] = ()
-    reason: str = ""
-
-
-class SandboxSession(Protocol):
-    """A warm sandbox."""
-
-    def run(self, jobs: Sequence[SandboxJob], /) -> Sequence[SandboxOutcome]:
-        """One outcome per job, in order."""
-
-    def close(self) -> None:
-        """End all processes."""
-
-
-class Sandbox(Protocol):
-    """Runs programs that nobody trusts. Fails closed."""
-
-    def probe(self) -> SandboxReport:
-        """Try the isolation for real."""
-
-    def open(self, limits: SandboxLimits, /) -> SandboxSession:
-        """A warm session; raises ``EnvironmentUnmet`` when the probe fails."""
 
 
 # --- contexts ---------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from kdkit.api.protocols import KIND_OF_PROTOCOL
 if TYPE_CHECKING:
     from kdkit.api.specs import Spec
 
-__all__ = ["Component", "Found", "Lookup", "OneOrMore", "Ref", "StageOutput", "Weighted", "walk"]
+__all__ = ["Component", "Found", "Lookup", "OneOrMore", "Ref", "Scheduled", "StageOutput", "Weighted", "walk"]
 
 T_co = TypeVar("T_co", covariant=True)
 A = TypeVar("A", bound=Artifact)
@@ -170,6 +170,26 @@ class Weighted(Component[T_co]):
     def weight(self) -> float:
         """The weight; 1 when the recipe gives none."""
         return float(self.extra.get("weight", 1.0))
+
+
+class _Schedule(_Weight):
+    from_step: int = Field(0, ge=0)
+    """The first optimiser step, counted from 0, in which this entry counts."""
+
+
+class Scheduled(Weighted[T_co]):
+    """A component in a weighted list whose entries may join later: rewards."""
+
+    __slots__ = ()
+
+    @classmethod
+    def slot_fields(cls) -> type[Params]:
+        return _Schedule
+
+    @property
+    def from_step(self) -> int:
+        """The first step in which it counts; 0 when the recipe gives none."""
+        return int(self.extra.get("from_step", 0))
 
 
 def _as_list(value: Any) -> Any:

@@ -18,12 +18,12 @@ from kdkit.api.protocols import (
     RolloutEngine,
     RolloutModel,
     RunInfo,
-    Sandbox,
     StageContext,
     StageOutputs,
     Teacher,
     Tracker,
 )
+from kdkit.api.sandboxes import Sandbox
 
 __all__ = [
     "KINDS",

@@ -5,44 +5,27 @@ from __future__ import annotations
 import io
 import sys
 from pathlib import Path
-from typing import Annotated, Final, Literal, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import typer
 
 from kdkit.api.errors import KdkitError
+from kdkit.cli.options import Json, Recipe, Sets, Variables, group
+from kdkit.cli.rewards_app import rewards_app
+from kdkit.cli.runs_app import RUNS, Out, runs_app
 
 __all__ = ["app", "main"]
 
-_SETTINGS: Final = {"help_option_names": ["-h", "--help"]}
-
-
-def _group(summary: str) -> typer.Typer:
-    return typer.Typer(
-        help=summary,
-        no_args_is_help=True,
-        rich_markup_mode=None,
-        pretty_exceptions_enable=False,
-        context_settings=_SETTINGS,
-    )
-
-
-app = _group("Turn a large language model into a small one from one YAML recipe.")
-plugins_app = _group("See what is installed.")
-runs_app = _group("Look at earlier runs.")
-models_app = _group("Fetch and shrink models.")
+app = group("Turn a large language model into a small one from one YAML recipe.")
+plugins_app = group("See what is installed.")
+models_app = group("Fetch and shrink models.")
+sandbox_app = group("Try what keeps generated programs from doing harm.")
 app.add_typer(plugins_app, name="plugins")
 app.add_typer(runs_app, name="runs")
 app.add_typer(models_app, name="models")
+app.add_typer(sandbox_app, name="sandbox")
+app.add_typer(rewards_app, name="rewards")
 
-Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file.")]
-Sets = Annotated[
-    list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Override, as in stages.kd.max_steps=50.")
-]
-Variables = Annotated[
-    list[str] | None, typer.Option("--var", metavar="NAME=VALUE", help="Value of a variable of the recipe.")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Parent of the run directories.")]
 First = Annotated[
     str | None, typer.Option("--from", metavar="STAGE", help="Only this stage and those that depend on it.")
 ]
@@ -52,7 +35,6 @@ Force = Annotated[
     list[str] | None, typer.Option("--force", metavar="STAGE", help="Run again although it is done; repeatable.")
 ]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Throw checkpoints away instead of resuming.")]
-Run = Annotated[str, typer.Argument(metavar="RUN", help="Run directory, RECIPE/TIME, or a recipe's name: its latest.")]
 Models = Annotated[
     list[str],
     typer.Option(
@@ -69,7 +51,6 @@ PromptFile = Annotated[
         help="One prompt a line, or JSON Lines with 'prompt' or 'messages'; - is standard input.",
     ),
 ]
-_RUNS: Final = Path("runs")
 
 
 def _print_version(value: bool) -> None:  # noqa: FBT001 - typer calls it with the option's value
@@ -101,7 +82,7 @@ def run(
     *,
     sets: Sets = None,
     variables: Variables = None,
-    out: Out = _RUNS,
+    out: Out = RUNS,
     first: First = None,
     until: Until = None,
     only: Only = None,
@@ -323,30 +304,6 @@ def plugins_show(
     raise typer.Exit(show_plugin(kind, name, as_json))
 
 
-@runs_app.command("list")
-def runs_list(*, out: Out = _RUNS, as_json: Json = False) -> None:
-    """List all runs, the newest last."""
-    from kdkit.cli.runs import list_runs
-
-    raise typer.Exit(list_runs(out, as_json=as_json))
-
-
-@runs_app.command("show")
-def runs_show(run: Run, *, out: Out = _RUNS, as_json: Json = False) -> None:
-    """Show the stages of a run."""
-    from kdkit.cli.runs import show_run
-
-    raise typer.Exit(show_run(run, out, as_json=as_json))
-
-
-@runs_app.command("diff")
-def runs_diff(a: Run, b: Run, *, out: Out = _RUNS, as_json: Json = False) -> None:
-    """Show the parameters, keys and metrics in which two runs differ."""
-    from kdkit.cli.runs import diff_runs
-
-    raise typer.Exit(diff_runs(a, b, out, as_json=as_json))
-
-
 @models_app.command("pull")
 def models_pull(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A name that kdkit knows; see kdkit doctor.")],
@@ -372,6 +329,18 @@ def models_prune(
     from kdkit.cli.models import prune_model
 
     raise typer.Exit(prune_model(source, dest, keep_layers))
+
+
+@sandbox_app.command("check")
+def sandbox_check(
+    name: Annotated[str | None, typer.Argument(metavar="[SANDBOX]", help="Only this one, such as auto.")] = None,
+    *,
+    as_json: Json = False,
+) -> None:
+    """Run programs that try to break out of each sandbox. Exit code 4 when none holds."""
+    from kdkit.cli.sandbox import check_sandboxes
+
+    raise typer.Exit(check_sandboxes(name, as_json=as_json))
 
 
 def main() -> NoReturn:

@@ -1,4 +1,4 @@
-"""Body of ``kdkit doctor``: what this machine offers. Reads only; no network, no heavy import."""
+"""Body of ``kdkit doctor``: what this machine offers. Changes nothing; no network, no heavy import."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, cast
 
 from kdkit.api.errors import EnvironmentUnmet, ExitCode
+from kdkit.api.specs import SandboxSpec
 from kdkit.cli.output import emit, emit_json
 from kdkit.engine.env import versions
 from kdkit.engine.files import check_writable
 from kdkit.engine.hardware import cpu_name, cuda_devices, memory_bytes, resolve_precision, threads
 from kdkit.engine.store import store_root
 from kdkit.host import Catalog
+from kdkit.host.records import BUILT_IN
 from kdkit.models.catalogue import KNOWN, models_dir
 from kdkit.models.hub import is_offline
 from kdkit.models.locate import pulled
@@ -41,7 +44,7 @@ def doctor(*, as_json: bool) -> int:
     Returns:
         0, or 4 when something that every run needs is missing.
     """
-    checks = [*_software(), *_hardware(), _store(), *_models(), *_plugins()]
+    checks = [*_software(), *_hardware(), _store(), *_models(), *_plugins(), *_sandbox()]
     if as_json:
         emit_json({"checks": [asdict(check) for check in checks]})
     else:
@@ -95,6 +98,16 @@ def _plugins() -> Iterator[Check]:
     yield Check("components", "ok", str(len(catalog.entries())))
     for broken in catalog.broken:
         yield Check("plugin", "note", str(broken), f"kdkit plugins show {broken.dist}")
+
+
+def _sandbox() -> Iterator[Check]:
+    """Programs that try to break out are run: whether a sandbox holds cannot be read off the machine."""
+    catalog = Catalog.discover(strict=False)
+    if any(entry.name == "auto" and entry.dist == BUILT_IN for entry in catalog.entries("sandbox")):
+        spec = cast("SandboxSpec[Any]", catalog.find("sandbox", f"{BUILT_IN}/auto").spec)
+        report = spec.build(spec.params()).probe()
+        hint = "" if report.usable else report.hint
+        yield Check("sandbox", "ok" if report.usable else "note", report.reason, hint)
 
 
 def _short(path: Path) -> str:

@@ -15,6 +15,7 @@ from kdkit.engine.rundir import EVENTS, PLAN
 
 __all__ = ["RunDiff", "RunRecord", "StageRecord", "diff_records", "find_run", "iter_runs", "read_run"]
 
+_LAST: Final = "LAST"
 _HINT: Final = "see: kdkit runs list"
 
 
@@ -70,16 +71,26 @@ class RunRecord:
 
 def iter_runs(out: Path) -> Iterator[RunRecord]:
     """All runs below ``out``, the oldest first."""
-    found = (plan.parent for plan in out.glob(f"*/*/{PLAN}") if not plan.parent.is_symlink())
-    for path in sorted(found, key=lambda path: (path.name, path.parent.name)):
+    for path in sorted(_plans(out), key=_age):
         yield read_run(path)
+
+
+def _plans(out: Path) -> Iterator[Path]:
+    """Directories of all runs below ``out``."""
+    return (plan.parent for plan in out.glob(f"*/*/{PLAN}") if not plan.parent.is_symlink())
+
+
+def _age(run: Path) -> tuple[str, str]:
+    """Later for later runs."""
+    return run.name, run.parent.name
 
 
 def find_run(name: str, out: Path) -> Path:
     """The directory of a run.
 
     Args:
-        name: A run's directory, ``RECIPE/TIME`` below ``out``, or a recipe's name for its latest run.
+        name: A run's directory, ``RECIPE/TIME`` below ``out``, a recipe's name for its latest run, or ``LAST`` for the
+            latest run of any recipe.
         out: Parent of the run directories.
 
     Raises:
@@ -89,6 +100,8 @@ def find_run(name: str, out: Path) -> Path:
         for candidate in (path, path / "latest"):
             if (candidate / PLAN).is_file():
                 return candidate.resolve()
+    if name == _LAST and (latest := max(_plans(out), key=_age, default=None)) is not None:
+        return latest.resolve()
     raise RecipeError(f"there is no run {name!r}", where=str(out), hint=_HINT)
 
 

@@ -19,7 +19,7 @@ from pydantic_core import core_schema
 
 from kdkit.api.artifacts import ARTIFACT_TYPES, Model
 from kdkit.api.protocols import KIND_OF_PROTOCOL
-from kdkit.api.slots import Component, ModelOptions, OneOrMore, Ref, Weighted
+from kdkit.api.slots import Component, ModelOptions, OneOrMore, Ref, Scheduled, Weighted
 from kdkit.host import Catalog, Entry
 from kdkit.recipe.header import FORMAT, NAME_PATTERN, STAGE_PATTERN
 from kdkit.recipe.variables import UNTOUCHED
@@ -31,7 +31,7 @@ Schema: TypeAlias = dict[str, Any]
 _DIALECT: Final = "https://json-schema.org/draft/2020-12/schema"
 _VARIABLE: Final = {"$ref": "#/$defs/variable"}
 _REFERENCE: Final = "#/$defs/ref-"
-_COMPONENTS: Final = ("component-", "weighted-")
+_COMPONENTS: Final = ("component-", "weighted-", "scheduled-")
 _SLOTS: Final = (_REFERENCE, *(f"#/$defs/{name}" for name in _COMPONENTS))
 _ONE_OR_MORE: Final = typing.get_args(OneOrMore)[1]
 
@@ -46,7 +46,7 @@ def recipe_schema(catalog: Catalog) -> Schema:
     definitions.update(_artifacts(params[ModelOptions]))
     for kind in KIND_OF_PROTOCOL.values():
         of_kind = [entry for entry in entries if entry.kind == kind]
-        for slot in (Component, Weighted):
+        for slot in (Component, Weighted, Scheduled):
             definitions.update(_choice(slot.__name__.lower(), kind, "use", of_kind, params, slot.slot_fields()))
     stages = [entry for entry in entries if entry.kind == "stage"]
     definitions.update(_choice("stage", "", "kind", stages, params, None))

@@ -170,6 +170,7 @@ def test_a_metric_appears_twice_under_the_keys_it_gives_itself(stage, tmp_path):
         ({"metrics": [{"use": "bad-key"}]}, "metrics.0", "the key 'a/b', which is not kebab-case"),
         ({"metrics": [{"use": "passed"}]}, "metrics.0", "'passed' needs 'judge'"),
         ({"metrics": [{"use": "passed", "k": 4}], "judge": {"use": "canned"}}, "metrics.0.k", "num_samples of 4"),
+        ({"metrics": [{"use": "words"}], "rewards": [{"use": "canned"}, {"use": "cannd"}]}, "rewards.1", "cannd"),
         ({"metrics": [{"use": "words"}], "judge": {"use": "canned"}}, "judge", "no metric uses the judge"),
         ({"metrics": [{"use": "passed"}], "judge": {"use": "half"}}, "judge", "never gives more than 0.5"),
         ({"metrics": [{"use": "exposed"}]}, "metrics.0", "'exposed' needs 'teacher'"),
@@ -284,6 +285,29 @@ def test_a_judge_that_loses_answers_is_an_error(stage, tmp_path):
     asked = stage(metrics=[{"use": "passed"}], judge={"use": "canned", "answers": "short"})
     result = kdkit.run(recipe(tmp_path, {"eval": asked}), inline=True, out=tmp_path / "runs")
     assert "judge canned: 7 scores for 8 answers" in str(result.error)
+
+
+def test_rewards_stand_beside_the_metrics(stage, tmp_path):
+    rewards = [{"use": "canned"}, {"use": "canned", "weight": 3.0}]
+    directory = evaluate(tmp_path, stage(metrics=[{"use": "words"}], rewards=rewards))
+    for name in ("student", "teacher"):
+        found = scores(directory)["models"][name]["results"]["jsonl"]
+        assert list(found) == ["words", "reward-canned", "reward-canned-2", "reward"]
+        for key, weight in {"reward-canned": 1, "reward-canned-2": 1, "reward": 4}.items():
+            entry = found[key]
+            assert (entry["n"], entry["higher_is_better"]) == (4, True)
+            assert entry["per_example"] == pytest.approx([weight, 0.99 * weight] * 2)
+            assert entry["value"] == pytest.approx(0.995 * weight)
+            assert entry["counts"] == {"answers that are unscorable": 2, "answers that are infra-error": 2}
+            assert entry["ids"] == [row["id"] for i, row in enumerate(predictions(directory, name)) if i % 4 < 2]
+
+
+def test_a_reward_that_judges_nothing_is_undefined(stage, tmp_path):
+    rewards = [{"use": "correctness", "sandbox": {"use": "unsafe-local"}}]
+    directory = evaluate(tmp_path, stage(metrics=[{"use": "words"}], rewards=rewards))
+    entry = scores(directory)["models"]["student"]["results"]["jsonl"]["reward-correctness"]
+    assert (entry["value"], entry["n"], entry["reason"]) == (None, 0, "no tests")
+    assert entry["counts"] == {"answers that are unscorable": 8}
 
 
 # --- exposure ---------------------------------------------------------------------------------------------------------

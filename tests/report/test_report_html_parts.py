@@ -16,6 +16,7 @@ from kdkit.api.errors import DataError
 from kdkit.report.collect import collect
 from kdkit.report.html.axis import Axis
 from kdkit.report.html.charts import Bar, Dot, Line, bar_chart, dot_chart, line_chart
+from kdkit.report.html.plots import loss_figures, reward_figures
 from kdkit.report.html.samples import read_samples
 from kdkit.report.html.text import clean, clip, shorten
 from kdkit.report.html.training import read_history
@@ -137,6 +138,28 @@ def test_history_follows_keys_and_puts_causes_first(tmp_path) -> None:
     assert (kd.kind, kd.seconds, kd.versions["torch"]) == ("distill", 754.2, "2.13.0+cpu")
     # A single loss has no parts to show.
     assert [curve.name for curve in history.stages["5" * 12].curves] == ["loss", "loss"]
+
+
+def test_rewards_of_what_was_sampled(tmp_path) -> None:
+    """Not every step has new samples; a single reward has no parts to show."""
+    directory = run(tmp_path / "store")
+    for key, kind, names in (("5" * 12, "sft", ["length"]), ("6" * 12, "distill", ["think", "length-2"])):
+        rows = [{"step": 2, "train/loss": 1.0}]
+        for step in (1, 3):
+            rewards = {f"train/reward/{name}/mean": 0.1 * step for name in (*names, "total")}
+            rows.append({"step": step, **rewards, "train/reward/total/std": 9.0, "train/reward/total/unscorable": 0.5})
+        file = tmp_path / "store" / f"{kind}-{key}" / "metrics.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    history = read_history([directory])
+    assert [curve.name for curve in history.stages["5" * 12].rewards] == ["total"]
+    assert [curve.name for curve in history.stages["6" * 12].rewards] == ["total", "think", "length-2"]
+    assert history.stages["6" * 12].rewards[1].points == ((1.0, 0.1), (3.0, pytest.approx(0.3)))
+    assert history.stages["e" * 12].rewards == ()
+    sft, kd = reward_figures(history)
+    assert (sft.title, kd.title) == ("sft", "kd")
+    assert "total from 0.1 at step 1 to 0.3 at step 3; think from 0.1" in kd.svg
+    assert "mean reward" in sft.svg
+    assert len(list(loss_figures(history))) == 2
 
 
 def test_history_survives_a_move_of_the_store(tmp_path) -> None:

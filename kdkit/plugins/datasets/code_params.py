@@ -19,6 +19,7 @@ __all__ = [
     "BugNetParams",
     "CodeLanguage",
     "CodeforcesParams",
+    "IOProblemsParams",
     "PyTorrentParams",
 ]
 
@@ -176,3 +177,25 @@ class CodeforcesParams(SplitOptions, StyleOptions, SourceOptions):
 
 
 _SFT_ONLY: Final = ("traces", "unfinished")
+
+
+class IOProblemsParams(SplitOptions):
+    """Programs of a few lines: read one line of numbers or words, keep, change, print. Generated, with tests.
+
+    A template is one choice of operations, such as numbers/even/add/sum; its problems differ in constants, wording and
+    tests. All problems of a template are in one part, so that ``test`` asks for combinations that training never
+    showed, of operations that it did show.
+    """
+
+    task: Literal["sft", "rl"] = "sft"
+    """``sft`` has answers, ``rl`` has none. Both have the tests."""
+    test_fraction: float = Field(0.25, ge=0, lt=1)
+    """Share of the templates in ``test``."""
+    validation_fraction: float = Field(0.0, ge=0, lt=1)
+    """Share of the templates in ``validation``."""
+    per_template: int = Field(8, ge=1, le=1000)
+    """Problems of each template; those that come out the same are duplicates."""
+    max_level: int = Field(3, ge=1, le=3)
+    """Most operations after reading the line: 1, 2 or 3."""
+    think: bool = True
+    """Ask for numbered steps between <think> tags, and show them in answers."""

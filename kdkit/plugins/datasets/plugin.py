@@ -12,7 +12,7 @@ from kdkit.api.hookspecs import hookimpl
 from kdkit.api.protocols import DatasetLoader
 from kdkit.api.slots import Ref
 from kdkit.api.specs import DatasetSpec
-from kdkit.plugins.datasets.code_params import BugNetParams, CodeforcesParams, PyTorrentParams
+from kdkit.plugins.datasets.code_params import BugNetParams, CodeforcesParams, IOProblemsParams, PyTorrentParams
 from kdkit.plugins.datasets.options import PromptOptions, SourceOptions, SplitOptions
 
 __all__ = ["HUB_DOLLY", "DollyParams", "InstructionsParams", "JsonlParams", "kdkit_datasets"]
@@ -73,6 +73,12 @@ def _instructions(params: InstructionsParams) -> DatasetLoader:
     from kdkit.plugins.datasets.instructions import InstructionsLoader
 
     return InstructionsLoader(params)
+
+
+def _io_problems(params: IOProblemsParams) -> DatasetLoader:
+    from kdkit.plugins.datasets.io_problems import IOProblemsLoader
+
+    return IOProblemsLoader(params)
 
 
 def _bugnet(params: BugNetParams) -> DatasetLoader:
@@ -137,4 +143,10 @@ def kdkit_datasets() -> Iterator[DatasetSpec[Any]]:
         params=CodeforcesParams,
         build=_codeforces,
         version=2,
+    )
+    yield DatasetSpec(
+        name="io-problems",
+        summary="Generated programs of a few lines with tests, in three levels, split by template",
+        params=IOProblemsParams,
+        build=_io_problems,
     )

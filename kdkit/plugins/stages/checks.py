@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from kdkit.api.specs import NAME
-from kdkit.plugins.stages.slots import FORCED, all_needs, metric_key, metric_needs
+from kdkit.plugins.stages.slots import FORCED, all_needs, metric_key, metric_needs, reward_keys
 
 if TYPE_CHECKING:
     from kdkit.api import Weighted
@@ -119,7 +119,7 @@ def check_evaluate(params: EvaluateParams) -> Problems:
 
 
 def _metric_problems(params: EvaluateParams) -> Iterator[Problem]:
-    keys: list[str] = []
+    keys, taken = list[str](), reward_keys(params.rewards)
     for index, metric in enumerate(params.metrics):
         where, needs = ("metrics", index, "use"), metric_needs(metric)
         if needs & FORCED and params.teacher is None:
@@ -141,6 +141,8 @@ def _metric_problems(params: EvaluateParams) -> Iterator[Problem]:
         key = metric_key(metric)
         if not NAME.fullmatch(key):
             yield where, f"'{metric.name}' gives itself the key '{key}', which is not kebab-case"
+        elif key in taken:
+            yield where, f"'{metric.name}' gives itself the key '{key}', which is that of a reward of this stage"
         elif key in keys:
             first = keys.index(key)
             yield where, f"'{metric.name}' appears twice as '{key}' (first as metrics.{first})"

@@ -22,8 +22,10 @@ from kdkit.plugins.stages.judging import verdicts
 from kdkit.plugins.stages.memory import PeakMemory, release_memory
 from kdkit.plugins.stages.questions import load_questions, prompt_ids, without_overlong
 from kdkit.plugins.stages.results import Answered, Results
+from kdkit.plugins.stages.rewarding import answers_as_rollouts, reward_entries
 from kdkit.plugins.stages.slots import DECODED, FORCED, all_needs
 from kdkit.plugins.stages.subjects import Subject, facts, load_subject
+from kdkit.train.rewards import RewardSet
 
 if TYPE_CHECKING:
     from kdkit.api import Completion, StageContext, Teacher
@@ -50,13 +52,18 @@ class _Evaluation:
         self.root = ctx.out / "scores"
         self.results = Results(params.metrics, ctx, self.root / "predictions")
         self.needs = all_needs(params.metrics)
-        self.decodes, self.with_teacher = bool(self.needs & DECODED), bool(self.needs & FORCED)
+        self.decodes, self.with_teacher = bool(self.needs & DECODED or params.rewards), bool(self.needs & FORCED)
         self.models: dict[str, Model] = {name: ctx.resolve(ref) for name, ref in params.models.items()}
         self.loaded = load_questions(params, ctx)
         self.data = {name: loaded.rows for name, loaded in self.loaded.items()}
         self.answered = {(model, dataset): Answered() for model in self.models for dataset in self.data}
         self.facts: dict[str, dict[str, Any]] = {}
-        passes = [self.decodes, self.params.judge is not None, self.with_teacher or "nll" in self.needs]
+        passes = [
+            self.decodes,
+            params.judge is not None,
+            bool(params.rewards),
+            self.with_teacher or "nll" in self.needs,
+        ]
         self.steps = max(1, sum(passes) * len(self.answered))
         self.done = 0
 
@@ -67,6 +74,7 @@ class _Evaluation:
                 self._alone(name)
                 release_memory()
         self._judge()
+        self._reward()
         if self.with_teacher:
             with self._teacher() as teacher:
                 answers = self._teacher_answers(teacher)
@@ -135,6 +143,21 @@ class _Evaluation:
             if unjudged:
                 reasons = ", ".join(f"{count} {reason}" for reason, count in unjudged.items())
                 self.ctx.log(f"{model} on {dataset}: not judged: {reasons} (of {len(answered.verdicts)} answers)")
+        close = getattr(judge, "close", None)
+        if close is not None:
+            close()
+
+    def _reward(self) -> None:
+        if not self.params.rewards:
+            return
+        rewards = RewardSet.build(self.params.rewards, self.ctx)
+        try:
+            for (model, dataset), answered in self.answered.items():
+                self._step(model, dataset)
+                rollouts = answers_as_rollouts(answered.prompts, self.data[dataset], answered.completions)
+                answered.rewards = reward_entries(self.params.rewards, rewards, rollouts)
+        finally:
+            rewards.close()
 
     def _teacher_answers(self, teacher: Teacher) -> dict[str, Sequence[Completion]]:
         """The teacher's answers by dataset, made once for all models, with the decoding of the models."""
@@ -183,8 +206,10 @@ class _Evaluation:
         for (model, dataset), rows in predictions.items():
             self.results.write(model, dataset, rows)
         for (model, dataset), rows in predictions.items():
-            models[model]["results"][dataset] = self.results.score(rows, about=f"{model} on {dataset}")
-            models[model]["counts"][dataset] = self.answered[model, dataset].counts(len(self.data[dataset]))
+            answered = self.answered[model, dataset]
+            found = self.results.score(rows, about=f"{model} on {dataset}")
+            models[model]["results"][dataset] = {**found, **answered.rewards}
+            models[model]["counts"][dataset] = answered.counts(len(self.data[dataset]))
         self.ctx.progress(self.steps, self.steps)
         baselines = self.results.baselines(self.data) if self.params.baselines else {}
         datasets = {

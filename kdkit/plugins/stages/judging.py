@@ -7,8 +7,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
-from kdkit.api.data import RewardScore, Rollout
+from kdkit.api.data import RewardScore
 from kdkit.api.errors import StageError
+from kdkit.plugins.stages.rewarding import answers_as_rollouts
 
 if TYPE_CHECKING:
     from kdkit.api import Completion, Example, Reward
@@ -34,11 +35,7 @@ def verdicts(
     Raises:
         StageError: The judge gave another number of scores than answers.
     """
-    samples = len(answers) // len(rows)
-    rollouts = [
-        Rollout(prompts[i // samples], answer.text, answer.token_ids, rows[i // samples], answer.truncated)
-        for i, answer in enumerate(answers)
-    ]
+    rollouts = answers_as_rollouts(prompts, rows, answers)
     scores = judge(rollouts)
     if len(scores) != len(rollouts):
         raise StageError(f"{len(scores)} scores for {len(rollouts)} answers", where=f"judge {name}")

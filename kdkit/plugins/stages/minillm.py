@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -10,25 +10,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kdkit.api.artifacts import Model
-from kdkit.api.errors import DataError, StageError
-from kdkit.api.protocols import RolloutModel
+from kdkit.api.errors import StageError
 from kdkit.models.chat import ChatEncoder
 from kdkit.models.load import check_same_vocabulary, vocabulary
 from kdkit.models.positions import positions
 from kdkit.plugins.stages.minillm_plugin import makes_advantages
+from kdkit.plugins.stages.own_answers import Room, answers_of, load_prompts
 from kdkit.plugins.stages.served import check_same_teacher
 from kdkit.plugins.stages.training import Student, load_student, save_student, stop_where_trained
 from kdkit.train.batching import DataOrder
 from kdkit.train.divergences import forward_kl, log_classes, reverse_kl
-from kdkit.train.encoding import encode_rows, row_limit
+from kdkit.train.encoding import encode_rows
 from kdkit.train.loop import Task, train
 from kdkit.train.objective import LossTerm
 from kdkit.train.policy.buffer import RolloutBuffer
 from kdkit.train.policy.dropout import without_dropout
 from kdkit.train.policy.returns import Estimator
-from kdkit.train.policy.rollouts import Answers, MiniLLMRollouts, Prompt
+from kdkit.train.policy.rollouts import Answers, MiniLLMRollouts
 from kdkit.train.policy.scoring import Scorer
-from kdkit.train.rollout import Decoded, Mixture, stop_ids
+from kdkit.train.rollout import Mixture, stop_ids
 from kdkit.train.streams import DataRows, Stream
 
 if TYPE_CHECKING:
@@ -92,7 +92,10 @@ class _Stage:
     def _own(self, encoder: ChatEncoder, compute: torch.dtype) -> Stream:
         """The student's own answers."""
         params, ctx, model = self.params, self.ctx, self.student.model
-        prompts = [_prompts(component, encoder, params, ctx, self.readable) for component in params.data]
+        room = Room(
+            params.max_length, params.sampling.max_new_tokens, params.overlong, "sampling.max_new_tokens", self.readable
+        )
+        prompts = [load_prompts(component, encoder, ctx, room) for component in params.data]
         weights = [component.weight for component in params.data]
         rollouts = MiniLLMRollouts(
             model=model,
@@ -149,19 +152,18 @@ class _Stage:
 
     def _answers(self, encoder: ChatEncoder, compute: torch.dtype) -> Answers:
         """Decoding by the engine of the recipe."""
-        params, student = self.params, self.student
-        live = RolloutModel(path=student.artifact.path, tokenizer=student.tokenizer, live=student.model)
-        engine: Any = self.ctx.build(params.rollout, live)
-        if not params.rollout.found.spec.mixes:  # type: ignore[attr-defined]
-            return partial(self._foreign, engine, encoder)
+        params = self.params
         mixture = Mixture(self._mixed_in(), params.alpha) if params.alpha else None
-
-        def answers(prompts: Sequence[Sequence[int]], seeds: Sequence[int], limits: Sequence[int]) -> Sequence[Decoded]:
-            options = {"limits": limits, "vocabulary": self.shared, "compute": compute, "mixture": mixture}
-            found: Sequence[Decoded] = engine.decode(prompts, params.sampling, seeds, **options)
-            return found
-
-        return answers
+        return answers_of(
+            params.rollout,
+            self.ctx,
+            self.student,
+            encoder,
+            params.sampling,
+            vocabulary=self.shared,
+            compute=compute,
+            mixture=mixture,
+        )
 
     def _mixed_in(self) -> Any:
         model = getattr(self.teacher, "model", None)
@@ -171,29 +173,6 @@ class _Stage:
                 hint="set teacher_mixed_alpha: 0, or use the teacher local",
             )
         return model
-
-    def _foreign(
-        self,
-        engine: Any,
-        encoder: ChatEncoder,
-        prompts: Sequence[Sequence[int]],
-        seeds: Sequence[int],
-        limits: Sequence[int],
-    ) -> list[Decoded]:
-        """Answers of another engine, which leaves out the end token and knows nothing of the teacher."""
-        completions = engine.generate(prompts, self.params.sampling, seeds)
-        where = f"rollout {self.params.rollout.name}"
-        if len(completions) != len(prompts):
-            raise StageError(f"{len(completions)} answers to {len(prompts)} prompts", where=where)
-        end = encoder.stop_ids()[-1]
-        decoded = []
-        for completion, limit in zip(completions, limits, strict=True):
-            ids = [*completion.token_ids, *([] if completion.truncated else [end])][:limit]
-            if not ids or max(ids) >= self.shared:
-                what = "no token" if not ids else f"token {max(ids)}; student and teacher share {self.shared}"
-                raise StageError(f"an answer has {what}", where=where)
-            decoded.append(Decoded(ids, [], []))
-        return decoded
 
 
 def estimator_of(params: MiniLLMStageParams) -> Estimator:
@@ -210,35 +189,6 @@ def estimator_of(params: MiniLLMStageParams) -> Estimator:
         whiten=params.whiten,
         width=params.sampling.max_new_tokens,
     )
-
-
-def _prompts(
-    component: Component[DatasetLoader],
-    encoder: ChatEncoder,
-    params: MiniLLMStageParams,
-    ctx: StageContext,
-    readable: tuple[int | None, int | None],
-) -> list[Prompt]:
-    """Prompts that leave room for an answer; those that do not are counted."""
-    examples, longest = ctx.load(component).examples, params.sampling.max_new_tokens
-    least = longest if params.overlong == "drop" else 1
-    limit, bound = row_limit(params.max_length, readable)
-    made = [(example.id, tuple(encoder.prompt(example))) for example in examples]
-    kept = [Prompt(name, ids, min(longest, limit - len(ids))) for name, ids in made if limit - len(ids) >= least]
-    where, lost = f"dataset {component.name}", len(made) - len(kept)
-    room = f"room for {least} tokens of an answer within {bound}"
-    if not kept:
-        shortest = min((len(ids) for _, ids in made), default=0)
-        hints = ["lower sampling.max_new_tokens", "set overlong: truncate"][: 2 if least > 1 else 0]
-        hints = hints if limit < params.max_length else ["raise max_length", *hints]
-        raise DataError(
-            f"no prompt of {len(made)} leaves {room}; the shortest has {shortest} tokens",
-            where=where,
-            hint=" or ".join(hints) or "use shorter prompts",
-        )
-    if lost:
-        ctx.log(f"{where}: {len(kept)} of {len(made)} prompts kept; the others leave no {room}")
-    return kept
 
 
 def _rows(

@@ -26,6 +26,7 @@ from kdkit.api import (
 from kdkit.api.protocols import DatasetLoader, Loss, Metric, Reward, RolloutEngine, StageOutputs, Teacher
 from kdkit.plugins.stages.caching_plugin import CACHE_TEACHER
 from kdkit.plugins.stages.checks import check_distill, check_evaluate, check_generate, check_sft
+from kdkit.plugins.stages.grpo_plugin import GRPO
 from kdkit.plugins.stages.minillm_plugin import MINILLM
 from kdkit.train.params import TrainParams
 
@@ -101,6 +102,9 @@ class EvaluateParams(Params):
     """Needed by metrics that compare distributions (teacher-kl). It is loaded only after all models have answered."""
     judge: Component[Reward] | None = None
     """Needed by metrics of passed answers (pass-at-k): an answer passes when this reward gives it 1 or more."""
+    rewards: list[Weighted[Reward]] = Field(default_factory=list)
+    """Rewards of a grpo stage, scored on the answers beside the metrics: each one's mean as `reward-NAME`, and their
+    weighted sum as `reward` where there are several. So the share of answers in the right form stands in the report."""
     baselines: bool = True
     """Score trivial answers as well (echo of the input, nothing, the most common reference) and the reference itself,
     with the metrics that compare texts."""
@@ -187,6 +191,7 @@ def kdkit_stages() -> Iterator[StageSpec[Any]]:
         version=2,
     )
     yield MINILLM
+    yield GRPO
     yield StageSpec(
         name="generate",
         summary="Let a teacher answer prompts and keep the answers as a dataset",

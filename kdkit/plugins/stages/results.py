@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from kdkit.api import Component, Metric, StageContext
     from kdkit.train.scoring import ExampleScore
 
-__all__ = ["Answered", "Results"]
+__all__ = ["Answered", "Results", "entry_of"]
 
 _PER_ROW: Final = frozenset({"nll", "teacher-kl", "exposure", "student-kl"})
 """Needs that are measured once per row, whatever number of answers it has."""
@@ -36,12 +36,14 @@ class Answered:
         completions: Row by row, the samples of a row together; empty when nothing was decoded.
         verdicts: One per completion; empty without a judge.
         forced: Teacher-forced measures.
+        rewards: Entries of ``scores.json`` that the rewards of the stage gave.
     """
 
     prompts: Sequence[str] = ()
     completions: Sequence[Completion] = ()
     verdicts: Sequence[bool | None] = ()
     forced: Forced = field(default_factory=Forced)
+    rewards: Mapping[str, Any] = field(default_factory=dict)
 
     def predictions(self, rows: Sequence[Example]) -> list[Prediction]:
         """One per completion, or one per row when nothing was decoded.
@@ -200,6 +202,11 @@ def _result(key: str, pair: tuple[Component[Metric], Metric], predictions: Seque
 def _entry(component: Component[Metric], result: MetricResult) -> dict[str, Any]:
     """``result`` as JSON data, with what its metric declares. Raises ``TypeError`` or ``ValueError`` for no numbers."""
     spec: Any = component.found.spec
+    return entry_of(result, higher_is_better=spec.higher_is_better, unit=spec.unit)
+
+
+def entry_of(result: MetricResult, *, higher_is_better: bool | None, unit: str) -> dict[str, Any]:
+    """``result`` as JSON data, without ids. Raises ``TypeError`` or ``ValueError`` for no numbers."""
     if result.link not in ("identity", "exp"):
         raise ValueError(f"link is {result.link!r}")
     return {
@@ -210,8 +217,8 @@ def _entry(component: Component[Metric], result: MetricResult) -> dict[str, Any]
         "link": result.link,
         "ids": [],
         "counts": {str(what): int(number) for what, number in result.counts.items()},
-        "higher_is_better": spec.higher_is_better,
-        "unit": spec.unit,
+        "higher_is_better": higher_is_better,
+        "unit": unit,
     }
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-if TYPE_CHECKING:
-    from kdkit.api import Component, Metric
+from kdkit.train.rewards import reward_names
 
-__all__ = ["DECODED", "FORCED", "all_needs", "metric_key", "metric_needs", "needs_reference"]
+if TYPE_CHECKING:
+    from kdkit.api import Component, Metric, Reward, Weighted
+
+__all__ = ["DECODED", "FORCED", "all_needs", "metric_key", "metric_needs", "needs_reference", "reward_keys"]
 
 DECODED: Final = frozenset({"completion", "verdict", "exposure", "student-kl"})
 """Needs that ask for generated answers."""
@@ -20,6 +22,12 @@ def metric_key(metric: Component[Metric]) -> str:
     """The key of a metric in scores and reports: it tells ``pass-at-1`` from ``pass-at-10``."""
     spec: Any = metric.found.spec
     return str(spec.key(metric.params)) if spec.key is not None else str(spec.name)
+
+
+def reward_keys(rewards: Sequence[Weighted[Reward]]) -> list[str]:
+    """Keys of rewards in scores and reports, with that of their sum as the last one where there are several."""
+    names = [f"reward-{name}" for name in reward_names(rewards)]
+    return [*names, "reward"] if len(names) > 1 else names
 
 
 def metric_needs(metric: Component[Metric]) -> frozenset[str]:

@@ -16,7 +16,7 @@ from markupsafe import Markup
 from kdkit.report import views
 from kdkit.report.figures import number
 from kdkit.report.html.charts import COLOURS
-from kdkit.report.html.plots import category_figures, loss_figures, score_figures
+from kdkit.report.html.plots import category_figures, loss_figures, reward_figures, score_figures
 from kdkit.report.html.samples import read_samples
 from kdkit.report.html.tables import (
     columns,
@@ -82,6 +82,7 @@ def _content(report: Mapping[str, Any], scores: Sequence[Path]) -> dict[str, Any
         "pairs": list(pair_grids(report)),
         "categories": _categories(report, by_dataset),
         "losses": list(loss_figures(history)),
+        "rewards": list(reward_figures(history)),
         "held_out": any(curve.held_out for stage in history.stages.values() for curve in stage.curves),
         "samples": read_samples(scores, report),
         "sizes": sizes_grid(report, history),

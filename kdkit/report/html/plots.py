@@ -14,7 +14,7 @@ from kdkit.report.html.tables import Cell, Column, Grid
 from kdkit.report.html.text import shorten, typeset
 from kdkit.report.html.training import Curve, History, Stage
 
-__all__ = ["Figure", "category_figures", "loss_figures", "score_figures"]
+__all__ = ["Figure", "category_figures", "loss_figures", "reward_figures", "score_figures"]
 
 Report = Mapping[str, Any]
 
@@ -111,18 +111,28 @@ def _cell(entry: Mapping[str, Any] | None) -> Cell:
 def loss_figures(history: History) -> Iterator[Figure]:
     """The losses of every training stage, in the order in which they were trained."""
     for stage in history.stages.values():
-        lines = [_line(curve, stage) for curve in stage.curves if any(y is not None for _, y in curve.points)]
-        if lines:
-            told = "; ".join(f"{line.label}{' held out' * line.held_out} {_path(line)}" for line in lines)
-            svg = line_chart(f"Losses of stage {stage.name}: {told}", lines, "optimiser step", "loss per token (nats)")
-            models = [name for name, key in history.made_by.items() if key == stage.key]
-            facts = f"{stage.kind} stage" + (f", model {', '.join(models)}" if models else "")
-            yield Figure(stage.name, facts, svg)
+        yield from _course(history, stage, stage.curves, "Losses", "loss per token (nats)")
 
 
-def _line(curve: Curve, stage: Stage) -> Line:
+def reward_figures(history: History) -> Iterator[Figure]:
+    """The mean rewards of every stage that has some, in the order in which they were trained."""
+    for stage in history.stages.values():
+        yield from _course(history, stage, stage.rewards, "Rewards", "mean reward")
+
+
+def _course(history: History, stage: Stage, curves: Sequence[Curve], what: str, unit: str) -> Iterator[Figure]:
+    lines = [_line(curve, curves) for curve in curves if any(y is not None for _, y in curve.points)]
+    if lines:
+        told = "; ".join(f"{line.label}{' held out' * line.held_out} {_path(line)}" for line in lines)
+        svg = line_chart(f"{what} of stage {stage.name}: {told}", lines, "optimiser step", unit)
+        models = [name for name, key in history.made_by.items() if key == stage.key]
+        facts = f"{stage.kind} stage" + (f", model {', '.join(models)}" if models else "")
+        yield Figure(stage.name, facts, svg)
+
+
+def _line(curve: Curve, curves: Sequence[Curve]) -> Line:
     # One colour and one label per loss, so that its training and held-out curves belong together.
-    names = list(dict.fromkeys(known.name for known in stage.curves))
+    names = list(dict.fromkeys(known.name for known in curves))
     label = {"loss": "total" if len(names) > 1 else "loss"}.get(curve.name, curve.name)
     return Line(label, curve.points, names.index(curve.name), curve.held_out)
 

@@ -1,4 +1,4 @@
-"""What led to the scores: the stages behind them and their loss curves.
+"""What led to the scores: the stages behind them and the curves of their losses and rewards.
 
 An evaluate stage's manifest lies beside its scores and names every input by its content key, so the stages are found
 in the same store by key, without a path that could have moved or changed. What is shown is therefore what the scores
@@ -21,18 +21,19 @@ __all__ = ["Curve", "History", "Stage", "read_history"]
 _INPUT: Final = re.compile(r"input:([0-9a-f]{8,64})/[\w.-]+")
 """How a manifest explains an input that another stage made: its key and the output's name."""
 _LOSS: Final = re.compile(r"losses\[\d+\]\.use")
+_REWARD: Final = re.compile(r"train/(reward/.+)/mean")
 _POINTS: Final = 240
 """Points of a curve; more cannot be told apart at the width of a chart."""
 
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """A loss by optimiser step.
+    """A loss or a reward by optimiser step.
 
     Attributes:
-        name: ``loss``, or a loss plugin's name.
+        name: ``loss``, a loss plugin's name, a reward's name, or ``total``.
         held_out: Measured on held-out rows instead of the training rows.
-        points: Step and loss per token; None where it was not finite.
+        points: Step, and loss per token or mean reward; None where it was not finite.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Stage:
         settings: Every parameter that its key covers, by path; literal inputs by content hash.
         versions: Of kdkit, Python and the libraries.
         curves: Losses of a training stage; empty for others.
+        rewards: Mean rewards of what a stage sampled, their weighted sum first; empty for stages without rewards.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Stage:
     settings: Mapping[str, Any]
     versions: Mapping[str, str]
     curves: tuple[Curve, ...] = ()
+    rewards: tuple[Curve, ...] = ()
 
 
 @dataclass(slots=True)
@@ -109,6 +112,7 @@ def _stage(entry: Path, manifest: Mapping[str, Any]) -> Stage:
     explained = manifest["explained"]
     losses = [str(value).split() for path, value in explained.items() if _LOSS.fullmatch(path)]
     names = [words[1].rpartition("/")[2] for words in losses if len(words) > 1]
+    rows = list(_rows(entry / "metrics.jsonl"))
     return Stage(
         name=str(manifest["stage"]),
         kind=str(manifest["kind"]),
@@ -116,18 +120,31 @@ def _stage(entry: Path, manifest: Mapping[str, Any]) -> Stage:
         seconds=float(seconds) if isinstance(seconds, int | float) else None,
         settings=dict(explained),
         versions={str(name): str(version) for name, version in manifest.get("versions", {}).items()},
-        curves=tuple(_curves(entry / "metrics.jsonl", names)),
+        curves=tuple(_curves(rows, names)),
+        rewards=tuple(_rewards(rows)),
     )
 
 
-def _curves(file: Path, losses: Sequence[str]) -> Iterator[Curve]:
+def _curves(rows: Sequence[Mapping[str, Any]], losses: Sequence[str]) -> Iterator[Curve]:
     """The whole loss and its parts, in training and held out; the parts only where there are several."""
-    rows = list(_rows(file))
     for prefix, held_out in (("train", False), ("eval", True)):
         for name in ("loss", *(losses if len(losses) > 1 else ())):
-            points = [(float(row["step"]), row[f"{prefix}/{name}"]) for row in rows if f"{prefix}/{name}" in row]
-            if points:
-                yield Curve(name, held_out, tuple((step, _finite(value)) for step, value in _thinned(points)))
+            yield from _curve(rows, f"{prefix}/{name}", name, held_out=held_out)
+
+
+def _rewards(rows: Sequence[Mapping[str, Any]]) -> Iterator[Curve]:
+    """The sum, and its parts where there are several."""
+    keys = dict.fromkeys(found[1] for row in rows for key in row if (found := _REWARD.fullmatch(key)))
+    names = [key.removeprefix("reward/") for key in keys if key != "reward/total"]
+    for name in ("total", *(names if len(names) > 1 else ())):
+        yield from _curve(rows, f"train/reward/{name}/mean", name)
+
+
+def _curve(rows: Sequence[Mapping[str, Any]], key: str, name: str, *, held_out: bool = False) -> Iterator[Curve]:
+    """The curve of a key, if any row has it."""
+    points = [(float(row["step"]), row[key]) for row in rows if key in row]
+    if points:
+        yield Curve(name, held_out, tuple((step, _finite(value)) for step, value in _thinned(points)))
 
 
 def _rows(file: Path) -> Iterator[Mapping[str, Any]]:

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-__all__ = ["Answers", "MiniLLMRollouts", "Prompt"]
+    from kdkit.api import Example
+
+__all__ = ["Answers", "MiniLLMRollouts", "Prompt", "lengths", "mismatches", "unscored"]
 
 Answers: TypeAlias = "Callable[[Sequence[Sequence[int]], Sequence[int], Sequence[int]], Sequence[Decoded]]"
 """Token ids with the end token for prompts, given a seed and the longest answer of each."""
@@ -30,11 +32,16 @@ Answers: TypeAlias = "Callable[[Sequence[Sequence[int]], Sequence[int], Sequence
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A prompt, and how many tokens its answer may have; ``id`` is that of the row."""
+    """A prompt, and how many tokens its answer may have; ``id`` is that of the row.
+
+    Rewards see the ``example`` and the prompt as ``text``, as the model reads it.
+    """
 
     id: str
     ids: tuple[int, ...]
     limit: int
+    example: Example | None = None
+    text: str = ""
 
 
 @dataclass(slots=True)
@@ -80,13 +87,14 @@ class MiniLLMRollouts:
             started = time.monotonic()
             decoded = self.answers([prompt.ids for prompt in chosen], seeds, [prompt.limit for prompt in chosen])
             seconds = time.monotonic() - started
-            rows = [_unscored(place, *both) for place, both in enumerate(zip(chosen, decoded, strict=True))]
+            rows = [unscored(place, *both) for place, both in enumerate(zip(chosen, decoded, strict=True))]
             rows = self.scorer(rows)
         old, teacher, mask = _padded([row.old_logprobs for row in rows], [row.teacher_logprobs or () for row in rows])
         if self.reads_teacher and not bool(torch.isfinite(teacher).all()):
             raise StageError(RULED_OUT, hint="use the loss minillm alone, with cliprange_reward and single_step: false")
         estimate = self.estimator(teacher, old, mask)
-        facts = self._measured(decoded, seconds, rows) | _credited(teacher, old, mask, estimate, self.estimator.alpha)
+        facts = lengths(decoded, seconds, self.stop_ids) | mismatches(decoded, rows)
+        facts |= _credited(teacher, old, mask, estimate, self.estimator.alpha)
         ends = [place for place, answer in enumerate(decoded) if answer.ids[-1] in self.stop_ids]
         if ends:
             last = [float(estimate.advantages[place, rows[place].targets - 1]) for place in ends]
@@ -108,21 +116,38 @@ class MiniLLMRollouts:
         values = {name: [facts[name] for facts in made if name in facts] for name in names}
         return {name: sum(of) / len(of) for name, of in values.items()}
 
-    def _measured(self, decoded: Sequence[Decoded], seconds: float, rows: Sequence[PolicyRow]) -> dict[str, float]:
-        tokens = sum(len(answer.ids) for answer in decoded)
-        truncated = sum(answer.ids[-1] not in self.stop_ids for answer in decoded)
-        values = {
-            "answer_tokens": tokens / len(decoded),
-            "truncated_share": truncated / len(decoded),
-            "generation_tokens_per_s": tokens / max(seconds, 1e-9),
-        }
-        if all(answer.logprobs for answer in decoded):
-            recomputed = [torch.tensor(row.old_logprobs, dtype=torch.float64) for row in rows]
-            values |= mismatch([answer.logprobs for answer in decoded], recomputed).metrics()
-        return values
+
+def lengths(decoded: Sequence[Decoded], seconds: float, stop_ids: Sequence[int]) -> dict[str, float]:
+    """``answer_tokens`` with the end token, ``truncated_share`` and ``generation_tokens_per_s`` of any answers.
+
+    Args:
+        decoded: The answers.
+        seconds: What decoding them took.
+        stop_ids: Ids that end an answer.
+    """
+    tokens = sum(len(answer.ids) for answer in decoded)
+    truncated = sum(answer.ids[-1] not in stop_ids for answer in decoded)
+    return {
+        "answer_tokens": tokens / len(decoded),
+        "truncated_share": truncated / len(decoded),
+        "generation_tokens_per_s": tokens / max(seconds, 1e-9),
+    }
 
 
-def _unscored(place: int, prompt: Prompt, answer: Decoded) -> PolicyRow:
+def mismatches(decoded: Sequence[Decoded], rows: Sequence[PolicyRow]) -> dict[str, float]:
+    """How far decoding is from the forward pass of training in nats; nothing when the engine does not say.
+
+    Args:
+        decoded: The answers.
+        rows: The same answers with their log-probabilities from the training forward.
+    """
+    if not all(answer.logprobs for answer in decoded):
+        return {}
+    recomputed = [torch.tensor(row.old_logprobs, dtype=torch.float64) for row in rows]
+    return mismatch([answer.logprobs for answer in decoded], recomputed).metrics()
+
+
+def unscored(place: int, prompt: Prompt, answer: Decoded) -> PolicyRow:
     """Prompt and answer, whose tokens are learned, the end token included; a truncated answer has none."""
     zeros = (0.0,) * len(answer.ids)
     return PolicyRow(

@@ -7,7 +7,7 @@ in float32, but for near-ties of two logits; in bf16 the rounding depends on the
 
 from __future__ import annotations
 
-from kdkit.train.rollout.decode import Decoded, decode, generate, generate_ids, stop_ids
+from kdkit.train.rollout.decode import Decoded, completion, decode, generate, generate_ids, stop_ids
 from kdkit.train.rollout.logprobs import Mismatch, TokenLogprobs, mismatch, token_logprobs
 from kdkit.train.rollout.sampling import Mixture, cuts, warp
 from kdkit.train.rollout.seeds import stream_number, stream_seed
@@ -17,6 +17,7 @@ __all__ = [
     "Mismatch",
     "Mixture",
     "TokenLogprobs",
+    "completion",
     "cuts",
     "decode",
     "generate",

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from kdkit.api import Sampling
     from kdkit.models.chat import ChatEncoder
 
-__all__ = ["Decoded", "decode", "generate", "generate_ids", "stop_ids"]
+__all__ = ["Decoded", "completion", "decode", "generate", "generate_ids", "stop_ids"]
 
 _SHARE: Final = 8
 """Finished rows are replaced when they are one in so many: reading prompts one by one costs a step each."""
@@ -82,7 +82,7 @@ def generate(
         on_batch: Called with the number of finished prompts when there are more.
     """
     answers = generate_ids(model, prompts, sampling, seeds, stop_ids=stop_ids, batch_size=batch_size, on_batch=on_batch)
-    return [_completion(row, tokenizer, stop_ids) for row in answers]
+    return [completion(row, tokenizer, stop_ids) for row in answers]
 
 
 def generate_ids(
@@ -319,8 +319,8 @@ def _without_ended(goes_on: Sequence[bool]) -> list[int]:
     return [place if goes_on[place] else movers.pop() for place in range(left)]
 
 
-def _completion(row: list[int], tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]) -> Completion:
-    """Cut at the first stop id; without one the completion hit the token limit."""
+def completion(row: Sequence[int], tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]) -> Completion:
+    """Token ids as a completion: cut at the first stop id; without one it hit the token limit."""
     end = next((i for i, token in enumerate(row) if token in stop_ids), None)
     kept = row if end is None else row[:end]
     text = tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)

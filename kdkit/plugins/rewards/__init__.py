@@ -1,0 +1,1 @@
+"""Rewards: form, passed tests, length, repetition, language, closeness to a reference or a teacher."""
