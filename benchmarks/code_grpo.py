@@ -70,8 +70,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [
         "# GRPO on held-out problems, three seeds",
         "",
-        "Written by `python benchmarks/code_grpo.py`: pass@1 in per cent, greedy answers, templates that training never",
-        "saw. The difference is that of the same problems, with its 95 % interval.",
+        "Written by `python benchmarks/code_grpo.py`: pass@1 in per cent, greedy answers, templates that training",
+        "never saw. The difference is that of the same problems, with its 95 % interval.",
         "",
         "| seed | n | base | SFT warm-up | GRPO | GRPO - SFT | p | reward, first to last quarter |",
         "|---|---|---|---|---|---|---|---|",
