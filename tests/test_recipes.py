@@ -157,7 +157,6 @@ def test_minillm_has_the_answers_and_the_student_of_the_quickstart():
         assert repr(ours[stage].params) == repr(quickstart[stage].params)
     fields = {
         "learning_rate",
-        "max_steps",
         "warmup_ratio",
         "per_device_train_batch_size",
         "max_length",

@@ -405,7 +405,7 @@ def test_what_it_refuses_before_anything_runs(tmp_path, student, values, expecte
 
 def test_prompts_without_room_are_refused(tmp_path, student):
     result = kdkit.run(recipe(tmp_path, student, max_length=20), out=tmp_path / "runs", inline=True)
-    assert "is so short that max_length=20 leaves 8 tokens for an answer; the shortest has 14" in str(result.error)
+    assert "leaves room for 8 tokens of an answer within max_length=20; the shortest has 14" in str(result.error)
     assert "lower max_completion_length" in str(result.error)
 
 
