@@ -12,7 +12,7 @@ import ast
 import builtins
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
 __all__ = ["MAX_DEPTH", "CallTest", "setup_code", "split_assert"]
@@ -44,6 +44,7 @@ class CallTest:
             ``close`` is ``math.isclose`` with ``rel_tol`` and ``abs_tol``.
         rel_tol: Relative tolerance, for ``close``.
         abs_tol: Absolute tolerance, for ``close``.
+        length: Characters of the assertion.
     """
 
     expression: str
@@ -51,6 +52,7 @@ class CallTest:
     rule: Literal["equal", "same", "truth", "close"]
     rel_tol: float = 0.0
     abs_tol: float = 0.0
+    length: int = 0
 
     def call(self) -> tuple[str, int] | None:
         """Name of the function that is tested and with how many arguments; None where it cannot be told."""
@@ -83,7 +85,9 @@ def split_assert(source: str) -> CallTest | str:
         return f"it is longer than {_LONGEST:,} characters"
     try:
         statement = _parsed(source.strip())
-        return _split(statement.test) if isinstance(statement, ast.Assert) else "it is no assertion"
+        if not isinstance(statement, ast.Assert):
+            return "it is no assertion"
+        return replace(_split(statement.test), length=len(source))
     except _Unsplit as problem:
         return str(problem)
     except (SyntaxError, ValueError, RecursionError, MemoryError):

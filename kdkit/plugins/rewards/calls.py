@@ -72,7 +72,7 @@ class FunctionTest:
         if kind == "no-compile":
             return Verdict.CE
         # What is much longer than the expected value is not it, and need not be read.
-        if kind == "other" or len(text) > _ROOM + _PER_CHARACTER * len(repr(self.test.expected)):
+        if kind == "other" or len(text) > _ROOM + _PER_CHARACTER * self.test.length:
             return Verdict.WA
         try:
             given = _read(json.loads(text))
