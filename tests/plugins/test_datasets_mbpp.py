@@ -138,7 +138,7 @@ def test_rows_without_something_are_counted(load, change, reason):
 )
 def test_broken_rows_have_a_place(load, change, message):
     with pytest.raises(DataError, match=r"rows\.jsonl:1") as error:
-        load(row(601, **change))
+        load({**row(601), **change})
     assert message in str(error.value)
 
 

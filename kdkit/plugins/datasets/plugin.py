@@ -164,7 +164,7 @@ def kdkit_datasets() -> Iterator[DatasetSpec[Any]]:
     )
     yield DatasetSpec(
         name="mbpp",
-        summary="Small Python functions with assertions about them: MBPP, its sanitized form, your own",
+        summary="MBPP, or rows like it: small Python functions and assertions about them",
         params=MbppParams,
         build=_mbpp,
     )
