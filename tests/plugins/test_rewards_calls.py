@@ -145,6 +145,14 @@ def test_every_kind_of_assertion(judge):
     assert dict(zip((*tests, *wrong), given, strict=True)) == dict(zip((*tests, *wrong), wanted, strict=True))
 
 
+def test_the_order_is_gone_before_the_program_runs(judge):
+    program = (
+        "import os, sys\ntry:\n    os.lseek(0, 0, 0)\nexcept OSError:\n    pass\nsaid = os.read(0, 9999)\n"
+        "def f(): return [len(said), sys.stdin.read(), __name__, 'main' in vars(sys.modules['__main__'])]"
+    )
+    assert verdicts(judge, [program], "assert f() == [0, '', 'solution', False]") == ["AC"]
+
+
 def test_partial_scores_and_state_between_tests(judge):
     program = "calls = []\ndef f(x):\n    calls.append(x)\n    return len(calls) + 1 if x < 3 else 1 / 0"
     tested = found("assert f(1) == 2", "assert f(2) == 2", "assert f(3) == 2")
