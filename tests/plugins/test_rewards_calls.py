@@ -134,6 +134,7 @@ def test_every_kind_of_assertion(judge):
         "assert not same([1])",
         "assert math.isclose(same(2.6), 2.5, rel_tol=1e-3)",
         "assert math.isclose(same('2.5'), 2.5, rel_tol=1e-3)",
+        "assert math.isclose(same(2.5 + 0j), 2.5)",
         "assert same([1, 2]) == [1]",
         "assert same({1: 2}) == {1: 3}",
         "assert same({1: 2}) == {1: 2, 3: 4}",
@@ -187,6 +188,9 @@ def said(test, record):
         # Not the record, or no longer the last line.
         ("value 9\n", "RE"),
         ("WORDvalue 9\n", "RE"),
+        ("0123456789abcdef value 9\n", "RE"),
+        (" value 9\n", "RE"),
+        ("x WORD value 9\n", "RE"),
         ("WORD\n", "RE"),
         ("WORD 9\n", "RE"),
         ("WORD value 9\nx\n", "RE"),
