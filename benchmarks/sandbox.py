@@ -7,9 +7,9 @@ Three cases per sandbox, all through a session with one fork server per core and
 - cpp: one C++ program, compiled once, run for every test.
 
 `plain` starts an interpreter per program without any protection, for comparison. The memory of all fork servers
-together is taken after a tenth and after all of the `--flat` tests. Writes benchmarks/results/sandbox.json, and fails
-when a bound is missed: bubblewrap 150 (trivial) and 120 (imports) tests per second, landlock 100, on two cores; memory
-that grows by less than 5 %.
+together is taken after a tenth and after all of the `--flat` tests. Writes benchmarks/results/sandbox.json and .md, and
+fails when a bound is missed: bubblewrap 150 (trivial) and 120 (imports) tests per second, landlock 100, on two cores;
+memory that grows by less than 5 %.
 """
 
 from __future__ import annotations
@@ -116,6 +116,39 @@ def flat(session: Session, count: int) -> dict[str, Any]:
     }
 
 
+def page(result: dict[str, Any]) -> str:
+    """The result as a page for people."""
+    machine = f"{result['cores']} cores ({result['cpu']}), Linux {result['kernel']}, python {result['python']}"
+    lines = [
+        "# Programs judged per second",
+        "",
+        f"Written by `python benchmarks/sandbox.py`, not by hand. {machine}, as {result['user']} user.",
+        "",
+        f"{result['tests']:,} tests per case, a quarter of it for plain processes; every output is checked.",
+        "`plain` starts an interpreter for each program and protects from nothing.",
+        "",
+        "| sandbox | trivial Python | + usual imports | C++, compiled once |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for name, rates in result["per_second"].items():
+        cells = (_cell(name, case, rates.get(case)) for case in ("trivial", "imports", "cpp"))
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    if result["memory"]:
+        heads = ("sandbox", "tests", "fork servers, after a tenth", "at the end", "judge, after a tenth", "at the end")
+        lines += ["", "Resident memory:", "", f"| {' | '.join(heads)} |", "| --- |" + " ---: |" * (len(heads) - 1)]
+    for name, memory in result["memory"].items():
+        sizes = (*memory["fork_servers_bytes"], *memory["judge_bytes"])
+        cells = (f"{memory['tests']:,}", *(f"{size / 2**20:.1f} MB" for size in sizes))
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += ["", "Missed: " + "; ".join(result["missed"]) + "." if result["missed"] else "All bounds are kept."]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(name: str, case: str, rate: float | None) -> str:
+    bound = BOUNDS.get((name, case))
+    return "" if rate is None else f"{rate:.0f} /s" + (f" (bound {bound:.0f})" if bound else "")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Tests per second and memory of the sandboxes.")
     parser.add_argument("--tests", type=int, default=1000, help="tests per case")
@@ -147,8 +180,11 @@ def main() -> int:
         if result["per_second"][name][case] < bound
     ]
     missed += [f"{name}: memory grows" for name, memory in result["memory"].items() if not memory["flat"]]
+    result["missed"] = missed
     print(json.dumps(result, indent=2))
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    options.out.with_suffix(".md").write_text(page(result), encoding="utf-8")
     print("\n".join(f"MISSED {line}" for line in missed) or "all bounds met")
     return 1 if missed else 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import random
 import sys
 import warnings
@@ -20,7 +21,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 def module(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield importlib.import_module
-    for name in ("kd_step", "kd_contenders", "kd_report"):
+    for name in ("kd_step", "kd_contenders", "kd_report", "sandbox"):
         sys.modules.pop(name, None)
 
 
@@ -107,3 +108,24 @@ def test_equal_lengths_leave_nothing_to_pad(module):
     equal = module("kd_step").lay_out(rows, "equal", 1, 1, 4, 25)
     assert len({len(row.ids) for part in equal for row in part}) == 1
     assert all(row.targets for part in equal for row in part)
+
+
+def test_sandbox_measures_speed_and_memory_and_writes_both_files(module, monkeypatch, tmp_path):
+    bench = module("sandbox")
+    for name, provider in (("bubblewrap", bench.bubblewrap), ("landlock", bench.landlock)):
+        if not provider(1).probe().usable:
+            pytest.skip(f"sandbox {name} does not work here")
+    monkeypatch.setattr(
+        sys, "argv", ["sandbox.py", "--tests", "8", "--flat", "20", "--out", str(tmp_path / "a/s.json")]
+    )
+    # At this size nothing is fast or flat; what counts is what is said about it.
+    assert bench.main() in (0, 1)
+    result = json.loads((tmp_path / "a" / "s.json").read_text())
+    page = (tmp_path / "a" / "s.md").read_text()
+    for name in ("bubblewrap", "landlock"):
+        assert set(result["per_second"][name]) == {"trivial", "imports", "cpp"}
+        assert result["memory"][name]["tests"] == 20
+        assert min(result["memory"][name]["fork_servers_bytes"]) > 10**6
+        assert f"| {name} | {result['per_second'][name]['trivial']:.0f} /s (bound " in page
+    assert ("All bounds are kept." in page) is not bool(result["missed"])
+    assert all(line in page for line in result["missed"])

@@ -338,3 +338,30 @@ def test_code_grpo_warms_up_rewards_and_judges_held_out_problems(tiny, tmp_path)
     for name in ("think", "steps", "correctness", "length", "total"):
         assert f"train/reward/{name}/mean" in lines[0]
     assert len(list((result.run_dir / "stages" / "grpo" / "rollouts").iterdir())) == 2
+
+
+def test_code_grpo_judges_mbpp_and_codeforces_rows_beside_the_held_out_problems_as_its_header_says(tiny, tmp_path):
+    recipe = ROOT / "recipes" / "code_grpo.yaml"
+    header = re.sub(r"^# ?", "", recipe.read_text(encoding="utf-8").partition("kdkit: 1")[0], flags=re.MULTILINE)
+    (text,) = re.findall(r"--var 'held_out=(\{new:.*?\}\})'", header, re.DOTALL)
+    held_out = yaml.safe_load(text)
+    assert [entry["use"] for entry in held_out.values()] == ["io-problems", "mbpp", "codeforces"]
+    for name, file in (("mbpp", "mbpp_sample.jsonl"), ("cf", "codeforces_sample.jsonl")):
+        held_out[name] |= {"source": str(DATA / file), "split": "all"}
+    held_out = {name: {**entry, "max_rows": 4} for name, entry in held_out.items()}
+    local = {"use": "unsafe-local"}
+    small: dict = {
+        "stages.sft.per_device_train_batch_size": 2,
+        "stages.grpo.rewards": [{"use": "think"}],
+        "stages.grpo.data.max_rows": 4,
+        "stages.eval.judge.sandbox": local,
+        "stages.eval.rewards": [{"use": "think"}],
+        "stages.eval.sampling.max_new_tokens": 4,
+    }
+    var = {"student": str(tiny), "warmup_steps": 1, "steps": 1, "generations": 2, "rollouts": 4, "micro_batch": 2,
+           "micro_batches": 2, "completion": 8, "length": 2000, "held_out": held_out}  # fmt: skip
+    result = kdkit.run(recipe, set=small, var=var, out=tmp_path, inline=True)
+    assert result.ok, result.error
+    for facts in result.report["models"].values():
+        for name in held_out:
+            assert facts["metrics"][f"{name}/pass-at-1"]["n"] == 4

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any, Final
 
 from kdkit.api.data import Example
+from kdkit.models.asserts import split_assert
 
 __all__ = ["HostileCompletion", "expected_outputs", "honest_wrong", "hostile_completions"]
 
 _FILE: Final = Path(__file__).parent / "data" / "completions.jsonl"
 _HONEST: Final = "honest-wrong"
 _HOLE: Final = re.compile(r"\{\{(prompt|outputs|output)\}\}")
-_TESTS: Final = ("official_tests", "tests", "examples")
+_TESTS: Final = ("official_tests", "tests", "test_list", "examples")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,15 @@ def honest_wrong(example: Example) -> HostileCompletion:
 def expected_outputs(example: Example) -> list[str]:
     """What the tests of an example expect, in order; none for an example without tests."""
     tests = next((found for name in _TESTS if isinstance(found := example.extra.get(name), list) and found), ())
-    return [str(test["output"]) for test in tests if isinstance(test, Mapping) and "output" in test]
+    return [output for test in tests if (output := _expected(test)) is not None]
+
+
+def _expected(test: Any) -> str | None:
+    """What a test expects as text: an output, or the value of an assertion as it is printed."""
+    if isinstance(test, Mapping):
+        return str(test["output"]) if "output" in test else None
+    found = split_assert(test) if isinstance(test, str) else ""
+    return None if isinstance(found, str) else str(found.expected)
 
 
 def _language(example: Example) -> str:

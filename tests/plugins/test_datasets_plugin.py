@@ -14,7 +14,7 @@ SPECS = {spec.name: spec for spec in plugin.kdkit_datasets()}
 
 
 def test_names_and_kinds():
-    assert set(SPECS) == {"dolly", "jsonl", "instructions", "bugnet", "pytorrent", "codeforces", "io-problems"}
+    assert set(SPECS) == {"dolly", "jsonl", "instructions", "bugnet", "pytorrent", "codeforces", "io-problems", "mbpp"}
     assert all(isinstance(spec, DatasetSpec) for spec in SPECS.values())
     assert SPECS["instructions"].rows == "prompt-only"
 

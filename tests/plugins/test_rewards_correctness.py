@@ -21,7 +21,7 @@ TESTS = (("1 2", "3"), ("5 5", "10"), ("2 2", "4"), ("0 0", "0"))
 SUM = problem(*TESTS)
 
 
-MALFORMED = "its tests are no list of texts 'input' and 'output'"
+MALFORMED = "its tests are no list of texts 'input' and 'output', nor of assertions"
 
 
 def add(job):

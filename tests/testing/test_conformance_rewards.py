@@ -338,6 +338,10 @@ def test_the_bank_knows_the_example():
     assert len(found["huge"]) == 10**6
     assert expected_outputs(EXAMPLE) == ["3", "4"]
     assert expected_outputs(Example(id="x", prompt="")) == []
+    calls = {"test_list": ["assert f(1) == 'a b'", "assert f(2) == [3]", "assert f(2) == f(3)"]}
+    assert expected_outputs(Example(id="x", prompt="", extra=calls)) == ["a b", "[3]"]
+    bank = {row.name: row.text for row in hostile_completions(Example(id="x", prompt="", extra=calls), "Q")}
+    assert "a b" in bank["all-outputs"]
 
 
 def test_programs_of_the_bank_are_programs():

@@ -10,22 +10,25 @@ from pydantic_core import PydanticCustomError
 
 from kdkit.api.artifacts import Dataset
 from kdkit.api.slots import Ref
-from kdkit.plugins.datasets.options import SourceOptions, SplitOptions, StyleOptions
+from kdkit.plugins.datasets.options import Dedup, SourceOptions, SplitOptions, StyleOptions
 
 __all__ = [
     "HUB_BUGNET",
     "HUB_CODEFORCES",
     "HUB_CODESEARCHNET",
+    "HUB_MBPP",
     "BugNetParams",
     "CodeLanguage",
     "CodeforcesParams",
     "IOProblemsParams",
+    "MbppParams",
     "PyTorrentParams",
 ]
 
 CodeLanguage: TypeAlias = Literal["python", "cpp", "all"]
 HUB_BUGNET: Final = "alexjercan/bugnet"
 HUB_CODESEARCHNET: Final = "code-search-net/code_search_net"
+HUB_MBPP: Final = "google-research-datasets/mbpp"
 HUB_CODEFORCES: Final = {"sft": "open-r1/codeforces-cots", "rl": "open-r1/codeforces"}
 """Task to Hub dataset."""
 
@@ -199,3 +202,41 @@ class IOProblemsParams(SplitOptions):
     """Most operations after reading the line: 1, 2 or 3."""
     think: bool = True
     """Ask for numbered steps between <think> tags, and show them in answers."""
+
+
+class MbppParams(SplitOptions, StyleOptions, SourceOptions):
+    """Mostly Basic Python Problems: a sentence to write a function from, judged by assertions about it.
+
+    Its 974 numbered tasks have official parts; problems of your own in its columns go by a hash of their text.
+    """
+
+    task: Literal["sft", "rl"] = "sft"
+    """``sft`` has the reference programs for answers, ``rl`` has none. Both have the tests, and ``rl`` leaves out
+    problems with a test that ``correctness`` cannot judge, counted as ``unjudgeable`` and named in the log."""
+    source: Ref[Dataset] = Ref(Dataset, HUB_MBPP)
+    """A file (.jsonl, .jsonl.gz, .json, .parquet) or a directory of them, a Hub id, or a stage's output. Columns:
+    task_id, text (or prompt, as in the sanitized form), code, test_list, and optionally test_setup_code (run after the
+    program, before its tests) and test_imports. Without a source the Hub's google-research-datasets/mbpp; ``config``
+    sanitized takes its verified part."""
+    split: Literal["train", "validation", "test", "all"] = "train"
+    """The part to take, by task_id as published: ``test`` 11 to 510, ``validation`` 511 to 600, ``train`` 601 to 974.
+    Tasks 1 to 10, the examples of few-shot prompts, are in no part; ``all`` takes them too."""
+    dedup: Dedup = "none"
+    """Duplicates; ``none`` keeps the published parts whole (two tasks of ``test`` ask the same). ``exact`` and
+    ``prompt`` are as elsewhere, and without answers the same."""
+    shown_tests: int = Field(1, ge=0)
+    """How many tests the prompt shows, the first ones: they tell the name of the function and its arguments. Published
+    results show all (3), which a program can pass by knowing their answers. Without any the prompt names the function
+    and counts its arguments."""
+    prompt_style: Literal["chat", "think", "template"] = "chat"
+    """``chat`` is one user message; ``think`` adds a system message that asks for numbered steps between <think> tags
+    and one code block (``task: rl`` only, since no answer reasons); ``template`` is text from your own ``template``."""
+    template: Path | None = Field(None, validate_default=True)
+    """A Jinja file for ``prompt_style: template``; it sees ``text``, ``function`` (its name) and ``tests`` (those that
+    are shown)."""
+
+    @model_validator(mode="after")
+    def _task_fits(self) -> Self:
+        if self.task == "sft" and self.prompt_style == "think":
+            raise PydanticCustomError("task", "prompt_style: think asks for reasoning, which no row of task: sft has")
+        return self

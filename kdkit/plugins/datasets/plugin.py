@@ -12,7 +12,13 @@ from kdkit.api.hookspecs import hookimpl
 from kdkit.api.protocols import DatasetLoader
 from kdkit.api.slots import Ref
 from kdkit.api.specs import DatasetSpec
-from kdkit.plugins.datasets.code_params import BugNetParams, CodeforcesParams, IOProblemsParams, PyTorrentParams
+from kdkit.plugins.datasets.code_params import (
+    BugNetParams,
+    CodeforcesParams,
+    IOProblemsParams,
+    MbppParams,
+    PyTorrentParams,
+)
 from kdkit.plugins.datasets.options import PromptOptions, SourceOptions, SplitOptions
 
 __all__ = ["HUB_DOLLY", "DollyParams", "InstructionsParams", "JsonlParams", "kdkit_datasets"]
@@ -99,6 +105,12 @@ def _codeforces(params: CodeforcesParams) -> DatasetLoader:
     return CodeforcesLoader(params)
 
 
+def _mbpp(params: MbppParams) -> DatasetLoader:
+    from kdkit.plugins.datasets.mbpp import MbppLoader
+
+    return MbppLoader(params)
+
+
 @hookimpl
 def kdkit_datasets() -> Iterator[DatasetSpec[Any]]:
     """The built-in datasets."""
@@ -149,4 +161,10 @@ def kdkit_datasets() -> Iterator[DatasetSpec[Any]]:
         summary="Generated programs of a few lines with tests, in three levels, split by template",
         params=IOProblemsParams,
         build=_io_problems,
+    )
+    yield DatasetSpec(
+        name="mbpp",
+        summary="MBPP, or rows like it: small Python functions and assertions about them",
+        params=MbppParams,
+        build=_mbpp,
     )

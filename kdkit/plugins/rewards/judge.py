@@ -12,7 +12,7 @@ from weakref import finalize
 from kdkit.api.errors import ConformanceError, EnvironmentUnmet, KdkitError
 from kdkit.api.sandboxes import Sandbox, SandboxJob, SandboxLimits, SandboxOutcome, SandboxSession
 from kdkit.plugins.rewards.compare import compare
-from kdkit.plugins.rewards.problems import Problem
+from kdkit.plugins.rewards.problems import OutputTest, Problem
 from kdkit.plugins.rewards.verdicts import Verdict, of_outcome, worst
 
 __all__ = ["CHECKER_LIMITS", "RUN_CHECKER", "Judge", "Judgement", "Submission"]
@@ -98,6 +98,22 @@ class _Run:
         return Judgement(worst(self.verdicts), self.verdicts.count(Verdict.AC), self.total, not skipped, self.reason)
 
 
+def _job(submission: Submission, index: int) -> SandboxJob:
+    test = submission.problem.tests[index]
+    if isinstance(test, OutputTest):
+        return SandboxJob(program=submission.program, language=submission.problem.language, stdin=test.given)
+    return test.job(submission.program)
+
+
+def _checker_job(problem: Problem, index: int, output: str) -> SandboxJob | None:
+    """The job of the problem's checker; None where it has none."""
+    test = problem.tests[index]
+    if problem.checker is None or not isinstance(test, OutputTest):
+        return None
+    files = {"input.txt": test.given, "expected_output.txt": test.expected, "output.txt": output}
+    return SandboxJob(program=RUN_CHECKER, files={"checker.py": problem.checker, **files})
+
+
 class Judge:
     """A warm sandbox with a memory for programs that were judged before.
 
@@ -163,18 +179,11 @@ class Judge:
 
     def _judge_tests(self, limits: SandboxLimits, tests: Sequence[tuple[_Run, int]]) -> None:
         """Append the verdicts of some tests to their runs, in the order of the tests."""
-        jobs = [
-            SandboxJob(
-                program=run.submission.program,
-                language=run.submission.problem.language,
-                stdin=run.submission.problem.tests[index][0],
-            )
-            for run, index in tests
-        ]
+        jobs = [_job(run.submission, index) for run, index in tests]
         outcomes = self._run(limits, jobs)
         verdicts = [of_outcome(outcome) for outcome in outcomes]
         checked = self._check(
-            [(run, index, outcomes[i].stdout) for i, (run, index) in enumerate(tests) if verdicts[i] is None]
+            [(*tests[i], jobs[i], outcomes[i].stdout) for i, verdict in enumerate(verdicts) if verdict is None]
         )
         for (run, _), outcome, verdict in zip(tests, outcomes, verdicts, strict=True):
             final, reason = next(checked) if verdict is None else (verdict, _reason(outcome))
@@ -182,21 +191,20 @@ class Judge:
             if final is Verdict.IE:
                 run.reason = run.reason or " ".join(reason.split())[:200] or "the sandbox failed"
 
-    def _check(self, written: Sequence[tuple[_Run, int, str]]) -> Iterator[tuple[Verdict, str]]:
+    def _check(self, written: Sequence[tuple[_Run, int, SandboxJob, str]]) -> Iterator[tuple[Verdict, str]]:
         """Verdicts on outputs, with the reason of a failure of the judge."""
-        jobs = []
-        for run, index, output in written:
-            if (checker := run.submission.problem.checker) is not None:
-                given, expected = run.submission.problem.tests[index]
-                files = {"input.txt": given, "expected_output.txt": expected, "output.txt": output}
-                jobs.append(SandboxJob(program=RUN_CHECKER, files={"checker.py": checker, **files}))
+        checkers = [_checker_job(run.submission.problem, index, output) for run, index, _, output in written]
+        jobs = [job for job in checkers if job is not None]
         said = iter(self._run(CHECKER_LIMITS, jobs) if jobs else ())
-        for run, index, output in written:
-            if run.submission.problem.checker is not None:
+        for checker, (run, index, job, output) in zip(checkers, written, strict=True):
+            test = run.submission.problem.tests[index]
+            if checker is not None:
                 yield _checked(next(said))
+            elif isinstance(test, OutputTest):
+                yield compare(test.expected, output, mode=self._mode, tolerance=self._tolerance), ""
             else:
-                expected = run.submission.problem.tests[index][1]
-                yield compare(expected, output, mode=self._mode, tolerance=self._tolerance), ""
+                tolerance = self._tolerance if self._mode == "tokens" else 0.0
+                yield test.verdict(job, output, tolerance=tolerance), ""
 
     def _run(self, limits: SandboxLimits, jobs: Sequence[SandboxJob]) -> list[SandboxOutcome]:
         """Outcomes of jobs; what failed for reasons of the sandbox has two more tries, each in a new one."""

@@ -71,7 +71,12 @@ class CorrectnessParams(Params):
     program the value is 0.
 
     Tests, `language`, `time_limit` (seconds), `memory_limit` (megabytes) and `checker` are read from the example's
-    extra columns, as the dataset `codeforces` with `task: rl` has them. Examples without tests are unscorable. What
+    extra columns, as the dataset `codeforces` with `task: rl` has them. Tests may also be assertions about functions,
+    such as `assert f(1) == [2]`, as the dataset `mbpp` has them: the call is made in the sandbox, and its result is
+    compared outside of it as Python's `==` does (1, 1.0 and True are equal, a list and a tuple are not), with
+    `float_tolerance`; a result that is an object of the program's own is wrong. Other assertions than comparisons
+    with a literal (`==`, `is True`, `math.isclose`), and calls that are to be true or false, make an example
+    unscorable, as the lack of tests does. What
     the sandbox fails to judge after two more tries is an infrastructure error and never 0. The verdict over several
     tests is the gravest of IE, SV, CE, TLE, MLE, OLE, RE, WA, PE, AC.
     """
@@ -85,15 +90,16 @@ class CorrectnessParams(Params):
     partial_weight: float = Field(0.1, gt=0, le=1)
     """Weight of the share of tests passed in `weighted_sum`."""
     tests: Literal["auto", "official", "examples"] = "auto"
-    """`official` takes the column `official_tests`, or `tests`; `examples` those of the statement; `auto` the first
-    of the three that is there."""
+    """`official` takes the column `official_tests`, `tests` or `test_list`; `examples` those of the statement; `auto`
+    the first of these that is there."""
     max_tests: int | None = Field(None, ge=1)
     """Run only so many, the first ones. Wrong programs pass few tests more easily."""
     language: Literal["auto", "python", "cpp"] = "auto"
     """The language of programs; `auto` is that of the example, or Python."""
     comparison: Literal["tokens", "exact"] = "tokens"
     """`tokens` compares what stands between white space, and needs as many tokens as expected; `exact` all characters
-    but line ends at the end, and calls different white space PE. Where an example has a checker, that decides."""
+    but line ends at the end, and calls different white space PE; results of functions have no tolerance then. Where an
+    example has a checker, that decides."""
     float_tolerance: float = Field(1e-6, ge=0, lt=1)
     """With `tokens`: absolute or relative distance to numbers that are expected with a point or an exponent. Whole
     numbers are compared exactly, or within this absolute distance when the output has a point. 0 compares texts."""

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeAlias
 
 from kdkit.api.data import Example
 from kdkit.api.sandboxes import SandboxLimits
+from kdkit.models.asserts import setup_code, split_assert
+from kdkit.plugins.rewards.calls import LONGEST_ANSWER, FunctionTest
 from kdkit.plugins.rewards.programs import Language, language_of
 
-__all__ = ["Limiting", "Problem", "problem_of"]
+__all__ = ["Limiting", "OutputTest", "Problem", "Test", "problem_of"]
 
 Choice: TypeAlias = Literal["auto", "official", "examples"]
 _COLUMNS: Final[dict[str, tuple[str, ...]]] = {
-    "auto": ("official_tests", "tests", "examples"),
-    "official": ("official_tests", "tests"),
+    "auto": ("official_tests", "tests", "test_list", "examples"),
+    "official": ("official_tests", "tests", "test_list"),
     "examples": ("examples",),
 }
+_MALFORMED: Final = "its tests are no list of texts 'input' and 'output', nor of assertions"
 _MIB: Final = 2**20
 _SMALLEST_MB: Final = 64.0
 _OUTPUT_ROOM: Final = 64 * 1024
@@ -50,18 +53,29 @@ class Limiting:
 
 
 @dataclass(frozen=True, slots=True)
+class OutputTest:
+    """An input, and the output that is expected for it."""
+
+    given: str
+    expected: str
+
+
+Test: TypeAlias = OutputTest | FunctionTest
+
+
+@dataclass(frozen=True, slots=True)
 class Problem:
     """Tests with limits.
 
     Attributes:
-        tests: Input and expected output.
+        tests: All of one kind: outputs to write, or functions to call.
         checker: A Python program that judges outputs, or None where they are compared.
         language: What the program is to be written in.
         limits: For each test.
         digest: Changes with any of the above.
     """
 
-    tests: tuple[tuple[str, str], ...]
+    tests: tuple[Test, ...]
     checker: str | None
     language: Language
     limits: SandboxLimits
@@ -73,9 +87,10 @@ def problem_of(
 ) -> Problem | str:
     """The problem of an example, or why there is none.
 
-    Tests are lists of ``{input, output}`` in the example's extra columns: ``official_tests`` or ``tests``, and
-    ``examples``. ``language``, ``time_limit`` (seconds), ``memory_limit`` (megabytes), ``checker`` and ``input_mode``
-    stand beside them, all optional.
+    Tests are lists in the example's extra columns: ``official_tests``, ``tests`` or ``test_list``, and ``examples``.
+    They hold objects ``{input, output}``, or assertions about functions as in MBPP, which ``test_imports`` (a list) and
+    ``test_setup_code`` prepare. ``language``, ``time_limit`` (seconds), ``memory_limit`` (megabytes), ``checker`` and
+    ``input_mode`` stand beside them, all optional.
     """
     if example is None:
         return "no example"
@@ -86,24 +101,45 @@ def problem_of(
     if wanted is None:
         return f"no programs in {str(extra['language'])[:40]!r} can be run"
     given = next((found for name in _COLUMNS[choice] if (found := extra.get(name))), ())
-    tests = _tests(given)
-    if tests is None:
-        return "its tests are no list of texts 'input' and 'output'"
+    tests = _tests(given, extra)
+    if isinstance(tests, str):
+        return tests
     if not tests:
         return "no tests"
+    if wanted != "python" and isinstance(tests[0], FunctionTest):
+        return f"its tests call functions of Python, and the language is {wanted}"
     tests = tests[:max_tests]
     checker = extra.get("checker")
     checker = checker if isinstance(checker, str) and checker.strip() else None
-    limits = limiting.limits(extra, wanted, max(len(output.encode("utf-8", "replace")) for _, output in tests))
+    limits = limiting.limits(extra, wanted, max(map(_longest, tests)))
     return Problem(tests, checker, wanted, limits, _digest(tests, checker, wanted, limits))
 
 
-def _tests(value: Any) -> tuple[tuple[str, str], ...] | None:
-    """Pairs of input and expected output; None when one of them is something else, since fewer tests pass more."""
+def _tests(value: Any, extra: Mapping[str, Any]) -> tuple[Test, ...] | str:
+    """The tests; why they cannot be used when one of them is something else, since fewer tests pass more."""
+    if isinstance(value, list | tuple) and value and all(isinstance(test, str) for test in value):
+        return _function_tests(value, extra)
     if not isinstance(value, list | tuple) or not all(isinstance(test, Mapping) for test in value):
-        return None
+        return _MALFORMED
     pairs = tuple((test.get("input"), test.get("output")) for test in value)
-    return pairs if all(isinstance(part, str) for pair in pairs for part in pair) else None
+    if not all(isinstance(part, str) for pair in pairs for part in pair):
+        return _MALFORMED
+    return tuple(OutputTest(given, expected) for given, expected in pairs)
+
+
+def _function_tests(sources: Sequence[str], extra: Mapping[str, Any]) -> tuple[FunctionTest, ...] | str:
+    setup = setup_code(extra)
+    if setup is None:
+        return "its test_setup_code or test_imports is no Python"
+    found = [split_assert(source) for source in sources]
+    for number, test in enumerate(found, 1):
+        if isinstance(test, str):
+            return f"test {number} cannot be judged: {test}"
+    return tuple(FunctionTest(test, setup) for test in found if not isinstance(test, str))
+
+
+def _longest(test: Test) -> int:
+    return LONGEST_ANSWER if isinstance(test, FunctionTest) else len(test.expected.encode("utf-8", "replace"))
 
 
 def _positive(extra: Mapping[str, Any], name: str, otherwise: float) -> float:
