@@ -118,7 +118,7 @@ class QuantizerConformance:
         return save_tiny_model(tmp_path / "source")
 
     def quantized(self, source: Path, work: Path, **changes: Any) -> tuple[Path, QuantizedInfo]:
-        """Quantise ``source`` with a context of its own below ``work``; returns the directory and what is said of it."""
+        """Quantise ``source`` with a context of its own below ``work``; the directory, and what is said of it."""
         ctx = _context(work, **changes)
         out = ctx.out / "model"
         rows = [Example(id=str(i), prompt=f"{_MARK} {i} " * 8, completion=f"{_MARK} {i} " * 24) for i in range(16)]
