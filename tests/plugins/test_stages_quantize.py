@@ -36,7 +36,8 @@ class Counts:
 
 @hookimpl
 def kdkit_quantizers():
-    yield QuantizerSpec(name="counts", summary="Counts", params=Params, build=lambda p: Counts(), needs_calibration=True)
+    spec = {"params": Params, "build": lambda p: Counts(), "needs_calibration": True}
+    yield QuantizerSpec(name="counts", summary="Counts", **spec)
 """
 
 
@@ -61,13 +62,9 @@ def counting(tmp_path, mode="whole", **values):
     stage = quantize(model, quantizer={"use": "counts"}, calibration=ROWS, **values)
     file = recipe(tmp_path, {"q": stage})
     file.write_text(json.dumps({**json.loads(file.read_text()), "plugins": ["./counts.py"]}))
-    lines: list[str] = []
-    result = kdkit.run(
-        file,
-        inline=True,
-        out=tmp_path / "runs",
-        on_event=lambda event: lines.append(str(event.data.get("message", ""))) if event.kind == "log" else None,
-    )
+    result = kdkit.run(file, inline=True, out=tmp_path / "runs")
+    events = [json.loads(line) for line in (result.run_dir / "events.jsonl").read_text().splitlines()]
+    lines = [event["message"] for event in events if event["type"] == "log"]
     return result, lines
 
 
