@@ -83,7 +83,7 @@ class BlockPass:
     def _adds(self, name: str, sums: dict[str, Hessian], waiting: set[str]) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
             inputs, real = args[0].flatten(0, -2), self._batches[self._at].real
-            moments = sums.setdefault(name, Hessian(inputs.shape[-1], device=inputs.device))
+            moments = sums.setdefault(name, Hessian.like(inputs))
             moments.add(inputs if real is None else inputs[real])
             waiting.discard(name)
             if not waiting:

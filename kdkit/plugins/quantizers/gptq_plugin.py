@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from kdkit.api import Params, QuantizerSpec
 
@@ -50,6 +50,13 @@ class GptqParams(Params):
     weights that a file leaves out. The file grows by the size of the embedding."""
     max_length: int = Field(512, ge=16)
     """Tokens kept of every calibration row."""
+
+    @model_validator(mode="after")
+    def _readable(self) -> GptqParams:
+        """auto-gptq reads symmetric checkpoints only."""
+        if not self.sym and "auto-gptq" in {self.backend, self.target}:
+            raise ValueError("auto-gptq reads no asymmetric checkpoints: set sym: true")
+        return self
 
 
 def _gptq(params: GptqParams) -> Quantizer:

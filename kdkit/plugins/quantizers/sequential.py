@@ -200,7 +200,7 @@ class Sequential:
     def _solve_head(self, name: str, hidden: list[Tensor]) -> None:
         self._check_stop(f"before {name}")
         head, modules = self._linears[name], [block for _, block in self._blocks]
-        moments = Hessian(head.in_features, device=self._settings.device)
+        moments = Hessian.like(hidden[0].new_empty(head.in_features))
         for batch, states in zip(self._batches, hidden, strict=True):
             inputs = head_inputs(self._model, head, modules, self._plans, batch.ids, states).flatten(0, -2)
             moments.add(inputs if batch.real is None else inputs[batch.real])
