@@ -151,7 +151,7 @@ def test_a_quantised_model_is_refused(models, tmp_path):
 
 
 def test_layers_that_fill_no_words_are_refused_before_the_work(models, tmp_path):
-    save_tiny_model(tmp_path / "odd", hidden=36)
+    save_tiny_model(tmp_path / "odd", hidden=40)
     ctx = StageContext(tmp_path)
     with pytest.raises(ModelError, match="32-bit words"):
         GptqQuantizer(GptqParams(bits=2, group_size=-1)).quantize(tmp_path / "odd", ROWS, tmp_path / "out", ctx)
@@ -159,8 +159,10 @@ def test_layers_that_fill_no_words_are_refused_before_the_work(models, tmp_path)
 
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path):
-    save_tiny_model(tmp_path / "small", vocab=100)
-    with pytest.raises(DataError, match="unknown to the model, which has 100"):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["swordfish"])
+    save_tiny_model(tmp_path / "small", tokenizer=tokenizer)
+    with pytest.raises(DataError, match="token 259 is unknown to the model, which has 259"):
         quantise(tmp_path, tmp_path, "small")
 
 
@@ -191,13 +193,13 @@ def test_rows_are_prompt_and_answer_as_in_training_and_cut():
     logs: list[str] = []
     tokenizer = tiny_tokenizer()
     examples = [*ROWS[:2], Example(id="text", prompt="x" * 100), Example(id="short", prompt="abc")]
-    rows = calibration_rows(examples, tokenizer, max_length=90, log=logs.append)
-    assert [len(row) for row in rows] == [90, 90, 90]
+    rows = calibration_rows(examples, tokenizer, max_length=80, log=logs.append)
+    assert [len(row) for row in rows] == [80, 80, 80]
     assert tokenizer.decode(rows[0]).startswith(
         "<|im_start|>user\nWhat is 0 + 0?<|im_end|>\n<|im_start|>assistant\nIt is 0."
     )
-    assert tokenizer.decode(rows[2]) == "x" * 90
-    assert "3 rows, 270 tokens; dropped 1 shorter than 8 tokens" in logs[0]
+    assert tokenizer.decode(rows[2]) == "x" * 80
+    assert "3 rows, 240 tokens; dropped 1 shorter than 8 tokens" in logs[0]
     assert f"fewer than {gptq.FEW:,} tokens" in logs[1]
 
 
