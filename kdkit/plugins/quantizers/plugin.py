@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from kdkit.api import QuantizerSpec, hookimpl
+from kdkit.plugins.quantizers.gptq_plugin import GPTQ
 from kdkit.plugins.quantizers.rtn_plugin import RTN
 
 
@@ -13,3 +14,4 @@ from kdkit.plugins.quantizers.rtn_plugin import RTN
 def kdkit_quantizers() -> Iterator[QuantizerSpec[Any]]:
     """The quantizers."""
     yield RTN
+    yield GPTQ
