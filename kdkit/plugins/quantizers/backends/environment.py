@@ -1,0 +1,137 @@
+"""Is what a backend needs here? Answers in milliseconds, without importing torch or the backend. Light."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Final
+
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+__all__ = ["AUTO_GPTQ_PYTHON", "CHILD", "State", "auto_gptq_python", "auto_gptq_state", "gptqmodel_state", "states"]
+
+CHILD: Final = Path(__file__).with_name("peer_process.py")
+"""The program that runs beside a backend's package. It imports nothing of kdkit."""
+AUTO_GPTQ_PYTHON: Final = "KDKIT_AUTO_GPTQ_PYTHON"
+"""Where auto-gptq's interpreter is. A variable, not a parameter: the place changes nothing about the result."""
+GPTQMODEL: Final = Requirement("gptqmodel>=7.4,<7.7")
+"""7.7 wants a newer torch than 2.13."""
+AUTO_GPTQ_PINS: Final = tuple(
+    Requirement(text)
+    for text in (
+        "auto-gptq==0.7.1",
+        "transformers>=4.36,<4.54",
+        "numpy<2",
+        "pyarrow<19",
+        "peft<0.11",
+        "accelerate<1",
+        "datasets<3",
+    )
+)
+"""What auto-gptq 0.7.1 works with, found by trying: decoder layers of transformers return a tensor since 4.54."""
+_PROBE_SECONDS: Final = 30.0
+_EXTRA_HINT: Final = "run: pip install 'kdkit[gptq]'"
+_ELSEWHERE: Final = "take backend: reference, which needs neither, or gptqmodel"
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """Whether a backend works on this machine.
+
+    Attributes:
+        usable: Nothing is missing.
+        found: What is there, or what is missing, in words.
+        hint: What would meet it.
+    """
+
+    usable: bool
+    found: str
+    hint: str = ""
+
+
+def states() -> dict[str, State]:
+    """Every backend that needs something, by name."""
+    return {"gptqmodel": gptqmodel_state(), "auto-gptq": auto_gptq_state()}
+
+
+def gptqmodel_state() -> State:
+    """gptqmodel in this interpreter."""
+    try:
+        found = version("gptqmodel")
+    except PackageNotFoundError:
+        return State(usable=False, found="gptqmodel is not installed", hint=_EXTRA_HINT)
+    if not GPTQMODEL.specifier.contains(found, prereleases=True):
+        return State(usable=False, found=f"gptqmodel {found} is not {GPTQMODEL.specifier}", hint=_EXTRA_HINT)
+    return State(usable=True, found=f"gptqmodel {found}")
+
+
+def auto_gptq_python() -> str | None:
+    """The interpreter that the environment variable names, or None."""
+    return os.environ.get(AUTO_GPTQ_PYTHON) or None
+
+
+def auto_gptq_state() -> State:
+    """auto-gptq in the interpreter that ``KDKIT_AUTO_GPTQ_PYTHON`` names, and a GPU for it."""
+    python = auto_gptq_python()
+    if python is None:
+        return State(usable=False, found=f"{AUTO_GPTQ_PYTHON} is not set", hint=how_to_make())
+    answer = _probe(python)
+    if answer is None:
+        return State(usable=False, found=f"{python} ({AUTO_GPTQ_PYTHON}) is no working Python", hint=how_to_make())
+    versions = answer["versions"]
+    wrong = [problem for pin in AUTO_GPTQ_PINS if (problem := _problem(pin, versions.get(pin.name)))]
+    if wrong or "torch" not in versions:
+        found = "; ".join(wrong) or "torch is not installed"
+        return State(usable=False, found=f"the environment of {python} does not fit: {found}", hint=how_to_make())
+    if not answer["cuda"]:
+        return State(
+            usable=False, found="auto-gptq never quantizes without CUDA, and there is no CUDA device", hint=_ELSEWHERE
+        )
+    return State(usable=True, found=f"auto-gptq {versions['auto-gptq']}, transformers {versions['transformers']}")
+
+
+def how_to_make() -> str:
+    """The line that makes an environment for auto-gptq."""
+    packages = " ".join(f"'{pin}'" for pin in AUTO_GPTQ_PINS)
+    return (
+        "make it: python3.11 -m venv DIR && DIR/bin/pip install torch && "
+        f"DIR/bin/pip install {packages}, and set {AUTO_GPTQ_PYTHON}=DIR/bin/python"
+    )
+
+
+def _problem(pin: Requirement, have: str | None) -> str | None:
+    if have is None:
+        return f"{pin.name} is not installed"
+    if not pin.specifier.contains(Version(have), prereleases=True):
+        return f"{pin.name} {have} is not {pin.specifier}"
+    return None
+
+
+def _probe(python: str) -> dict[str, Any] | None:
+    """Versions in that interpreter, and whether it sees a CUDA device; None when it does not answer."""
+    command = [python, "-I", str(CHILD), "probe"]
+    try:
+        done = subprocess.run(  # noqa: S603 - the interpreter that the user named, no shell
+            command, capture_output=True, stdin=subprocess.DEVNULL, timeout=_PROBE_SECONDS, check=True
+        )
+        answer = json.loads(done.stdout)
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return None
+    return answer if isinstance(answer, dict) and isinstance(answer.get("versions"), dict) else None
+
+
+def interpreter(backend: str) -> list[str]:
+    """Command line that starts :data:`CHILD` for ``backend``, without what it shall do.
+
+    auto-gptq's interpreter is isolated from variables and packages that are meant for this one.
+    """
+    if backend == "auto-gptq":
+        return [auto_gptq_python() or "", "-I", str(CHILD)]
+    # Without -P the modules beside the program would shadow the package of the same name.
+    return [sys.executable, "-P", str(CHILD)]
