@@ -1,8 +1,8 @@
 """Backend ``auto-gptq``: the original program, in a Python environment of its own.
 
 auto-gptq 0.7.1 has been at its end of life since 2025. It cannot be imported with transformers 5 and never quantises
-without CUDA. So it runs with the old packages it needs, in the interpreter that ``KDKIT_AUTO_GPTQ_PYTHON`` names; ``kdkit
-doctor`` says how to make one.
+without CUDA. So it runs with the old packages it needs, in the interpreter that ``KDKIT_AUTO_GPTQ_PYTHON`` names;
+``kdkit doctor`` says how to make one.
 """
 
 from __future__ import annotations

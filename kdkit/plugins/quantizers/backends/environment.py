@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any, Final
 
 from packaging.requirements import Requirement
 from packaging.version import Version
+
+from kdkit.plugins.quantizers.backends.peer_process import has_device
 
 __all__ = ["AUTO_GPTQ_PYTHON", "CHILD", "State", "auto_gptq_python", "auto_gptq_state", "gptqmodel_state", "states"]
 
@@ -37,7 +40,6 @@ AUTO_GPTQ_PINS: Final = tuple(
 """What auto-gptq 0.7.1 works with, found by trying: decoder layers of transformers return a tensor since 4.54."""
 _PROBE_SECONDS: Final = 30.0
 _EXTRA_HINT: Final = "run: pip install 'kdkit[gptq]'"
-_ELSEWHERE: Final = "take backend: reference, which needs neither, or gptqmodel"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,14 +63,14 @@ def states() -> dict[str, State]:
 
 
 def gptqmodel_state() -> State:
-    """gptqmodel in this interpreter."""
+    """The state of gptqmodel in this interpreter."""
     try:
         found = version("gptqmodel")
     except PackageNotFoundError:
-        return State(usable=False, found="gptqmodel is not installed", hint=_EXTRA_HINT)
+        return State(usable=False, found="not installed", hint=_EXTRA_HINT)
     if not GPTQMODEL.specifier.contains(found, prereleases=True):
-        return State(usable=False, found=f"gptqmodel {found} is not {GPTQMODEL.specifier}", hint=_EXTRA_HINT)
-    return State(usable=True, found=f"gptqmodel {found}")
+        return State(usable=False, found=f"version {found} is not {GPTQMODEL.specifier}", hint=_EXTRA_HINT)
+    return State(usable=True, found=found)
 
 
 def auto_gptq_python() -> str | None:
@@ -77,31 +79,37 @@ def auto_gptq_python() -> str | None:
 
 
 def auto_gptq_state() -> State:
-    """auto-gptq in the interpreter that ``KDKIT_AUTO_GPTQ_PYTHON`` names, and a GPU for it."""
+    """The state of auto-gptq in the interpreter that ``KDKIT_AUTO_GPTQ_PYTHON`` names, and of a GPU for it."""
+    wrong = [] if has_device() else ["it never quantises without CUDA, and this machine has no CUDA device"]
     python = auto_gptq_python()
+    answer = _probe(python) if python else None
     if python is None:
-        return State(usable=False, found=f"{AUTO_GPTQ_PYTHON} is not set", hint=how_to_make())
-    answer = _probe(python)
-    if answer is None:
-        return State(usable=False, found=f"{python} ({AUTO_GPTQ_PYTHON}) is no working Python", hint=how_to_make())
+        wrong.append(f"{AUTO_GPTQ_PYTHON} is not set")
+    elif answer is None:
+        wrong.append(f"{AUTO_GPTQ_PYTHON}={python} is no working Python")
+    else:
+        wrong += _misfits(answer)
+    if wrong or answer is None:
+        return State(usable=False, found="; ".join(wrong), hint=how_to_make())
+    versions = answer["versions"]
+    return State(usable=True, found=f"{versions['auto-gptq']} with transformers {versions['transformers']}")
+
+
+def _misfits(answer: Mapping[str, Any]) -> list[str]:
+    """What does not fit in the environment that answered."""
     versions = answer["versions"]
     wrong = [problem for pin in AUTO_GPTQ_PINS if (problem := _problem(pin, versions.get(pin.name)))]
-    if wrong or "torch" not in versions:
-        found = "; ".join(wrong) or "torch is not installed"
-        return State(usable=False, found=f"the environment of {python} does not fit: {found}", hint=how_to_make())
     if not answer["cuda"]:
-        return State(
-            usable=False, found="auto-gptq never quantizes without CUDA, and there is no CUDA device", hint=_ELSEWHERE
-        )
-    return State(usable=True, found=f"auto-gptq {versions['auto-gptq']}, transformers {versions['transformers']}")
+        wrong.append("its torch is not built for CUDA" if "torch" in versions else "torch is not installed")
+    return [f"in its environment {problem}" for problem in wrong]
 
 
 def how_to_make() -> str:
     """The line that makes an environment for auto-gptq."""
     packages = " ".join(f"'{pin}'" for pin in AUTO_GPTQ_PINS)
     return (
-        "make it: python3.11 -m venv DIR && DIR/bin/pip install torch && "
-        f"DIR/bin/pip install {packages}, and set {AUTO_GPTQ_PYTHON}=DIR/bin/python"
+        "take backend reference or gptqmodel, or, on a machine with CUDA, run: python3.11 -m venv DIR && "
+        f"DIR/bin/pip install torch && DIR/bin/pip install {packages} && export {AUTO_GPTQ_PYTHON}=DIR/bin/python"
     )
 
 

@@ -37,14 +37,21 @@ def _versions() -> Iterator[tuple[str, str]]:
 
 
 def has_cuda() -> bool:
-    """Whether the driver has a device and the installed torch is built for CUDA."""
+    """Whether the installed torch is built for CUDA; what it sees then is the machine's matter."""
     try:
-        if "+cpu" in version("torch"):
-            return False
+        return "+cpu" not in version("torch")
+    except PackageNotFoundError:
+        return False
+
+
+def has_device() -> bool:
+    """Whether this machine has a CUDA device, whatever torch is installed."""
+    try:
         driver = ctypes.CDLL("libcuda.so.1")
-    except (PackageNotFoundError, OSError):
+    except OSError:
         return False
     count = ctypes.c_int()
+    # Both calls return 0 on success.
     return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
 
 
@@ -74,7 +81,7 @@ def gptqmodel(job: dict[str, Any], tell: Callable[..., None]) -> dict[str, Any]:
     model = GPTQModel.load(job["source"], settings, device=job["device"])
     total = job["blocks"]
 
-    def finished(layer_idx: int, submodule_finalized: bool) -> None:
+    def finished(*, layer_idx: int, submodule_finalized: bool) -> None:
         # Called twice for a layer: when it is quantized and when its weights are packed.
         if submodule_finalized:
             tell(step=[min(layer_idx + 1, total), total])
@@ -147,7 +154,7 @@ def _search_grids(mse: float) -> None:
 
 
 def _check_reading(source: str, check: dict[str, Any]) -> None:
-    """Refuse when this old transformers reads the model in another way than kdkit's: it would quantize another model."""
+    """Refuse when this old transformers reads the model in another way than kdkit's does."""
     import torch
     from transformers import AutoModelForCausalLM
 
