@@ -264,7 +264,7 @@ def test_a_program_that_cannot_be_started_is_unmet(tmp_path, monkeypatch):
         peer.converse("auto-gptq", {}, tmp_path, {}, Follow())
 
 
-# --- the program, with a stand-in for the package -----------------------------------------------------------------------
+# --- the program, with a stand-in for the package ---------------------------------------------------------------------
 
 FAKE = """
 import json, os
@@ -404,7 +404,6 @@ ANSWER = {"losses": {"0.a": 0.5}, "fallback": ["0.b"]}
 def test_the_layers_come_back_in_the_order_that_was_asked_for(tmp_path):
     shapes = {"model.layers.0.b": (16, 64), "model.layers.0.a": (8, 32)}
     made = peer.result(make_job(shapes=shapes), written(tmp_path / "c", shapes), "gptqmodel 7.6.0", ANSWER)
-    shape = tuple(made.linears["model.layers.0.b"].codes.shape)
     assert list(made.linears) == list(shapes)
     assert (made.losses, made.fell_back) == ({"0.a": 0.5}, ("0.b",))
     assert made.linears["model.layers.0.b"].dequantized(dtype=made.linears["model.layers.0.b"].scales.dtype).shape == (
