@@ -187,7 +187,7 @@ def test_what_auto_gptq_cannot_do_is_refused(setting, message):
 
 
 @pytest.fixture
-def talk(tmp_path, monkeypatch):
+def talk(tmp_path):
     """Lets a piece of Python stand in for the program; ``job`` is what it was given."""
 
     def start(body, *, follow=None, job=None):
@@ -199,9 +199,9 @@ def talk(tmp_path, monkeypatch):
         )
         directory = tmp_path / "work"
         directory.mkdir()
-        monkeypatch.setattr(peer, "interpreter", lambda _backend: [sys.executable, str(program)])
         variables = peer.environment(directory, EXTRA="1")
-        return peer.converse("gptqmodel", job or {"rows": [SECRET_ROW]}, directory, variables, follow or Follow())
+        command = [sys.executable, str(program), "gptqmodel"]
+        return peer.converse(command, job or {"rows": [SECRET_ROW]}, directory, variables, follow or Follow())
 
     return start
 
@@ -258,10 +258,9 @@ def test_a_wish_to_stop_ends_the_program(talk, tmp_path):
         os.kill(int(pid.read_text() or 2**22), 0)
 
 
-def test_a_program_that_cannot_be_started_is_unmet(tmp_path, monkeypatch):
-    monkeypatch.setattr(peer, "interpreter", lambda _backend: ["/does/not/exist"])
+def test_a_program_that_cannot_be_started_is_unmet(tmp_path):
     with pytest.raises(EnvironmentUnmet, match="cannot be started"):
-        peer.converse("auto-gptq", {}, tmp_path, {}, Follow())
+        peer.converse(["/does/not/exist", "auto-gptq"], {}, tmp_path, {}, Follow())
 
 
 # --- the program, with a stand-in for the package ---------------------------------------------------------------------

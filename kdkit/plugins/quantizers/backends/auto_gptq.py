@@ -17,7 +17,7 @@ import torch
 from kdkit.api.artifacts import Model
 from kdkit.api.errors import ModelError
 from kdkit.models.load import load_model
-from kdkit.plugins.quantizers.backends.environment import auto_gptq_state
+from kdkit.plugins.quantizers.backends.environment import auto_gptq_state, command_of
 from kdkit.plugins.quantizers.backends.peer import (
     Follow,
     PeerJob,
@@ -85,7 +85,7 @@ def quantize(job: PeerJob, directory: Path, follow: Follow | None = None) -> Pee
         "layers": len(job.shapes),
         "check": _reading(job.source, max(rows, key=len)[:_CHECK_TOKENS]),
     }
-    answer = converse("auto-gptq", facts, directory, environment(directory), follow or Follow())
+    answer = converse(command_of("auto-gptq"), facts, directory, environment(directory), follow or Follow())
     return result(job, checkpoint, f"auto-gptq {answer['version']}", answer)
 
 

@@ -17,7 +17,15 @@ from packaging.version import Version
 
 from kdkit.plugins.quantizers.backends.peer_process import has_device
 
-__all__ = ["AUTO_GPTQ_PYTHON", "CHILD", "State", "auto_gptq_python", "auto_gptq_state", "gptqmodel_state", "states"]
+__all__ = [
+    "AUTO_GPTQ_PYTHON",
+    "CHILD",
+    "State",
+    "auto_gptq_state",
+    "command_of",
+    "gptqmodel_state",
+    "states",
+]
 
 CHILD: Final = Path(__file__).with_name("peer_process.py")
 """The program that runs beside a backend's package. It imports nothing of kdkit."""
@@ -134,12 +142,12 @@ def _probe(python: str) -> dict[str, Any] | None:
     return answer if isinstance(answer, dict) and isinstance(answer.get("versions"), dict) else None
 
 
-def interpreter(backend: str) -> list[str]:
-    """Command line that starts :data:`CHILD` for ``backend``, without what it shall do.
+def command_of(backend: str) -> list[str]:
+    """The command line that starts :data:`CHILD` for ``backend``.
 
     auto-gptq's interpreter is isolated from variables and packages that are meant for this one.
     """
     if backend == "auto-gptq":
-        return [auto_gptq_python() or "", "-I", str(CHILD)]
+        return [auto_gptq_python() or "", "-I", str(CHILD), backend]
     # Without -P the modules beside the program would shadow the package of the same name.
-    return [sys.executable, "-P", str(CHILD)]
+    return [sys.executable, "-P", str(CHILD), backend]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from kdkit.api.errors import DataError
-from kdkit.plugins.quantizers.backends.environment import gptqmodel_state
+from kdkit.plugins.quantizers.backends.environment import command_of, gptqmodel_state
 from kdkit.plugins.quantizers.backends.peer import (
     Follow,
     PeerJob,
@@ -65,7 +65,7 @@ def quantize(job: PeerJob, directory: Path, follow: Follow | None = None) -> Pee
     checkpoint = directory / "checkpoint"
     facts = {**job.settings(), "source": str(job.source), "out": str(checkpoint), "rows": [list(r) for r in job.rows]}
     variables = environment(directory, **{_WORKERS: workers(), "GPTQMODEL_LOG_CALIBRATION_SAMPLES": "0"})
-    answer = converse("gptqmodel", facts, directory, variables, follow or Follow())
+    answer = converse(command_of("gptqmodel"), facts, directory, variables, follow or Follow())
     return result(job, checkpoint, f"gptqmodel {answer['version']}", answer)
 
 

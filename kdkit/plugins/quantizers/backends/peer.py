@@ -16,7 +16,7 @@ from typing import Any, Final
 from kdkit.api.errors import EnvironmentUnmet, ModelError, StageError, Stopped
 from kdkit.models.quantized.checkpoint import read_checkpoint
 from kdkit.models.quantized.linear import QuantizedLinear
-from kdkit.plugins.quantizers.backends.environment import State, interpreter
+from kdkit.plugins.quantizers.backends.environment import State
 
 __all__ = ["Follow", "PeerJob", "PeerResult", "converse", "require", "result"]
 
@@ -108,12 +108,12 @@ def environment(directory: Path, **more: str) -> dict[str, str]:
 
 
 def converse(
-    backend: str, job: Mapping[str, Any], directory: Path, variables: Mapping[str, str], follow: Follow
+    command: Sequence[str], job: Mapping[str, Any], directory: Path, variables: Mapping[str, str], follow: Follow
 ) -> dict[str, Any]:
-    """Start the program of ``backend``, give it ``job`` and wait for its last answer.
+    """Start the program of a backend, give it ``job`` and wait for its last answer.
 
     Args:
-        backend: ``gptqmodel`` or ``auto-gptq``.
+        command: An interpreter, its options, the program, and last ``gptqmodel`` or ``auto-gptq``.
         job: Goes through a pipe: calibration tokens are never written to a file.
         directory: Where it runs and keeps temporary files; belongs to the caller, who removes it.
         variables: The program's environment.
@@ -124,11 +124,16 @@ def converse(
         Stopped: ``follow.stopping`` said so; the program is ended.
         EnvironmentUnmet: It cannot be started.
     """
-    command = [*interpreter(backend), backend]
+    backend = command[-1]
     try:
         with (directory / _LOG).open("wb") as log:
             process = subprocess.Popen(  # noqa: S603 - our own program, no shell
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, cwd=directory, env=dict(variables)
+                list(command),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                cwd=directory,
+                env=dict(variables),
             )
     except OSError as error:
         raise EnvironmentUnmet(f"backend {backend} cannot be started: {error.strerror}", where=command[0]) from error

@@ -2,7 +2,8 @@
 
 It imports nothing of kdkit, because auto-gptq's interpreter has none. The job comes as one line of JSON on standard
 input, so that calibration tokens never touch the disk; the pipe stays open for as long as the parent lives. Answers are
-lines of JSON on standard output: ``{"step": [done, total]}`` and at the end ``{"done": {...}}``. Everything that the
+lines of JSON on standard output: ``{"step": [done, total]}`` and at the end ``{"done": {...}}``, with the seconds from
+reading the model to the written checkpoint. Everything that the
 packages print goes to standard error. A failure is a traceback there and an exit code.
 
     python peer_process.py probe                  # versions and CUDA, without importing torch
@@ -16,6 +17,7 @@ import json
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -62,6 +64,7 @@ def gptqmodel(job: dict[str, Any], tell: Callable[..., None]) -> dict[str, Any]:
     """Quantize with gptqmodel 7; its checkpoint is left in ``job["out"]``."""
     from gptqmodel import GPTQModel, QuantizeConfig
 
+    start = time.monotonic()
     settings = QuantizeConfig(
         bits=job["bits"],
         group_size=job["group_size"],
@@ -90,8 +93,9 @@ def gptqmodel(job: dict[str, Any], tell: Callable[..., None]) -> dict[str, Any]:
     rows = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in job["rows"]]
     log = model.quantize(rows, batch_size=1, calibration_sort=None)
     model.save(job["out"])
+    seconds = time.monotonic() - start
     entries = [entry for entries in log.values() for entry in entries]
-    return {"losses": dict(_losses(entries)), "fallback": list(_fallen_back(entries))}
+    return {"losses": dict(_losses(entries)), "fallback": list(_fallen_back(entries)), "seconds": seconds}
 
 
 def _name(entry: dict[str, Any]) -> str:
@@ -121,6 +125,7 @@ def auto_gptq(job: dict[str, Any], tell: Callable[..., None]) -> dict[str, Any]:
     import torch
     from auto_gptq import AutoGPTQForCausalLM, BaseQuantizeConfig
 
+    start = time.monotonic()
     settings = BaseQuantizeConfig(
         bits=job["bits"],
         group_size=job["group_size"],
@@ -138,7 +143,7 @@ def auto_gptq(job: dict[str, Any], tell: Callable[..., None]) -> dict[str, Any]:
             for row in job["rows"]]  # fmt: skip
     model.quantize(rows, batch_size=1, use_triton=False, cache_examples_on_gpu=False)
     model.save_quantized(job["out"], use_safetensors=True)
-    return {"losses": {}, "fallback": []}
+    return {"losses": {}, "fallback": [], "seconds": time.monotonic() - start}
 
 
 def _search_grids(mse: float) -> None:
