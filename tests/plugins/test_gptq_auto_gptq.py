@@ -1,8 +1,8 @@
 """Backend auto-gptq with the real package, as far as a machine without CUDA goes.
 
 Needs the interpreter that `kdkit doctor` describes in KDKIT_AUTO_GPTQ_PYTHON, and is skipped without it. Calls to CUDA
-are replaced here, in the test alone: an executable that stands in for that interpreter lets the program believe that the
-processor is the first CUDA device.
+are replaced here, in the test alone: an executable that stands in for that interpreter lets the program take the
+processor for a CUDA device.
 """
 
 from __future__ import annotations
