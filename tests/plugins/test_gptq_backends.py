@@ -21,6 +21,7 @@ from kdkit.models.quantized.linear import round_to_nearest
 from kdkit.models.quantized.packing import pack
 from kdkit.plugins.quantizers.backends import auto_gptq, environment, gptqmodel, peer
 from kdkit.plugins.quantizers.backends.peer import Follow, PeerJob
+from kdkit.plugins.quantizers.backends.work import work_elsewhere
 
 ROOT = Path(__file__).parents[2]
 SECRET_ROW = [201, 117, 203, 119, 205, 121, 207, 123, 209, 125, 211, 127]
@@ -436,3 +437,57 @@ def test_rotary_frequencies_survive_the_way_back_to_transformers_4():
     scaled = {"rope_parameters": {"rope_theta": 5e5, "rope_type": "llama3", "factor": 32.0}}
     assert auto_gptq.old_config(scaled) == {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", "factor": 32.0}}
     assert auto_gptq.old_config({"rope_theta": 1e4}) == {"rope_theta": 1e4}
+
+
+# --- in a stage -------------------------------------------------------------------------------------------------------
+
+
+class Stage:
+    """What a backend needs of a stage."""
+
+    def __init__(self, checkpoints):
+        self.checkpoints, self.steps, self.lines = checkpoints, [], []
+
+    def progress(self, step, total, /, **_values):
+        self.steps.append((step, total))
+
+    def log(self, message, /):
+        self.lines.append(message)
+
+    def stopping(self):
+        return False
+
+
+@pytest.mark.usefixtures("fake_gptqmodel")
+def test_a_stage_learns_of_progress_and_of_layers_that_were_rounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(environment, "version", lambda _name: "7.6.0")
+    shapes = {"0.a": (8, 32), "0.b": (8, 32)}
+
+    def read(job, checkpoint, program, answer):
+        written(checkpoint, shapes)
+        return peer.result(job, checkpoint, program, answer)
+
+    monkeypatch.setattr(gptqmodel, "result", read)
+    stage = Stage(tmp_path / "checkpoints")
+    (stage.checkpoints / "backend" / "checkpoint").mkdir(parents=True)  # of an attempt that was killed
+    result = work_elsewhere("gptqmodel", make_job(shapes=shapes), stage)
+    assert set(result.linears) == set(shapes)
+    assert stage.steps == [(1, 1)]
+    assert stage.lines == [f"{name}: gptqmodel 7.6.0 rounded it to nearest" for name in ("0.b", "0.c")]
+    assert not (stage.checkpoints / "backend").exists()
+
+
+def test_an_unmet_backend_is_refused_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(environment, "has_device", lambda: False)
+    with pytest.raises(EnvironmentUnmet, match="no CUDA device"):
+        work_elsewhere("auto-gptq", make_job(), Stage(tmp_path / "checkpoints"))
+    assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.usefixtures("fake_gptqmodel")
+def test_nothing_is_left_behind_by_a_failure(tmp_path, monkeypatch):
+    monkeypatch.setattr(environment, "version", lambda _name: "7.6.0")
+    stage = Stage(tmp_path / "checkpoints")
+    with pytest.raises(ModelError, match=r"config\.json: cannot be read"):
+        work_elsewhere("gptqmodel", make_job(), stage)
+    assert not (stage.checkpoints / "backend").exists()

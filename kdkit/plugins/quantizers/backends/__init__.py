@@ -1,8 +1,8 @@
 """Other programs that do the work of the quantizer ``gptq``; each runs in a process of its own. Light.
 
-A backend is a module with ``ready()`` (is everything there?), ``check(job)`` (can it do this?), both before any work, and
-``quantize(job, directory, follow)``, which returns the quantised layers: the caller writes the checkpoint, so that all
-backends leave the same files.
+A backend is a module with ``ready()`` (is everything here?) and ``check(job)`` (can it do this?), both before any work,
+and ``quantize(job, directory, follow)``, which returns the quantised layers: the caller writes the checkpoint, so that
+all backends leave the same files.
 """
 
 from __future__ import annotations
