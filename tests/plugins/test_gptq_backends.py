@@ -405,7 +405,7 @@ def test_the_layers_come_back_in_the_order_that_was_asked_for(tmp_path):
     shapes = {"model.layers.0.b": (16, 64), "model.layers.0.a": (8, 32)}
     made = peer.result(make_job(shapes=shapes), written(tmp_path / "c", shapes), "gptqmodel 7.6.0", ANSWER)
     assert list(made.linears) == list(shapes)
-    assert (made.losses, made.fell_back) == ({"0.a": 0.5}, ("0.b",))
+    assert (made.losses, made.fell_back) == ({"model.layers.0.a": 0.5}, ("model.layers.0.b",))
     assert made.linears["model.layers.0.b"].dequantized(dtype=made.linears["model.layers.0.b"].scales.dtype).shape == (
         16,
         64,

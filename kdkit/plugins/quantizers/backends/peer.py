@@ -215,9 +215,14 @@ def result(job: PeerJob, checkpoint: Path, program: str, answer: Mapping[str, An
     return PeerResult(
         linears={name: linears[name] for name in job.shapes},
         program=program,
-        losses=dict(answer["losses"]),
-        fell_back=tuple(answer["fallback"]),
+        losses={_full(name, job): loss for name, loss in answer["losses"].items()},
+        fell_back=tuple(_full(name, job) for name in answer["fallback"]),
     )
+
+
+def _full(short: str, job: PeerJob) -> str:
+    """A layer's name in the model; gptqmodel says the block's number and the name inside of it."""
+    return next((name for name in job.shapes if name.endswith(f".{short}")), short)
 
 
 def check_groups(job: PeerJob) -> None:

@@ -34,7 +34,7 @@ def work_elsewhere(backend: str, job: PeerJob, ctx: StageContext) -> PeerResult:
     try:
         with write_errors(directory):
             directory.mkdir(parents=True)
-            follow = Follow(progress=lambda done, total: ctx.progress(done, total), stopping=ctx.stopping)
+            follow = Follow(progress=ctx.progress, stopping=ctx.stopping)
             result: PeerResult = module.quantize(job, directory, follow)
     finally:
         shutil.rmtree(directory, ignore_errors=True)
