@@ -141,7 +141,9 @@ def converse(
         answer = _talk(process, job, backend, follow)
         if answer is not None:
             return answer
-        raise _failed(backend, process.wait(_EXIT_SECONDS), directory / _LOG)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_EXIT_SECONDS)
+        raise _failed(backend, process.returncode, directory / _LOG)
     finally:
         process.kill()
         process.wait()
@@ -186,7 +188,7 @@ def _lines(process: subprocess.Popen[bytes], backend: str, follow: Follow) -> It
             yield from lines
 
 
-def _failed(backend: str, status: int, log: Path) -> StageError:
+def _failed(backend: str, status: int | None, log: Path) -> StageError:
     if status == -9:
         return StageError(f"{backend} was killed, most likely because memory ran out")
     lines = _COLOURS.sub("", log.read_text(encoding="utf-8", errors="replace")).splitlines()
