@@ -143,9 +143,14 @@ def artifact_at(ref: Ref[Any], path: Path) -> Artifact:
 
 
 def _model_format(path: Path) -> Any:
-    """``gptq`` when the model's own configuration says so, else ``full``."""
+    """``gptq`` when the model's own configuration says so, ``gguf`` without other weights, else ``full``."""
+    if any(path.glob("*.gguf")) and not any(path.glob("*.safetensors")):
+        return "gguf"
     try:
-        quantization = read_json(path / "config.json").get("quantization_config") or {}
+        quantization = read_json(path / "config.json").get("quantization_config")
     except (OSError, ValueError, AttributeError):
         return "full"
+    if quantization is None:
+        # Checkpoints of auto-gptq may say it in a file of their own only.
+        return "gptq" if (path / "quantize_config.json").is_file() else "full"
     return "gptq" if isinstance(quantization, dict) and quantization.get("quant_method") == "gptq" else "full"

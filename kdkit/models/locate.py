@@ -134,7 +134,7 @@ def _missing(path: Path) -> str | None:
         return "no config.json" + (" (an adapter alone: merge it into its base model first)" if adapter else "")
     if not any((path / name).is_file() for name in _TOKENIZER_FILES):
         return f"no tokenizer ({', '.join(_TOKENIZER_FILES)})"
-    if not any(path.glob("*.safetensors")):
+    if not any(path.glob("*.safetensors")) and not any(path.glob("*.gguf")):
         pickled = any(path.glob("*.bin")) or any(path.glob("*.pt")) or any(path.glob("*.pth"))
         return "no *.safetensors" + (" (pickled weights can run code and are never loaded)" if pickled else "")
     return _missing_shard(path)
@@ -160,12 +160,13 @@ def fingerprint(path: Path) -> str:
 
     Returns:
         sha256 (hex) over the sorted names and contents of configuration, tokenizer, template, generation
-        configuration, code and safetensors files. Cards and provenance do not count.
+        configuration, code, safetensors and GGUF files. Cards and provenance do not count.
 
     Raises:
         ModelError: There is no model file, or one cannot be read.
     """
-    files = sorted({file for pattern in MODEL_FILES for file in path.glob(pattern) if file.is_file()})
+    patterns = (*MODEL_FILES, "*.gguf")
+    files = sorted({file for pattern in patterns for file in path.glob(pattern) if file.is_file()})
     if not files:
         raise ModelError("no model files to fingerprint", where=str(path))
     memo = _Memo(cache_dir() / "hashes.json")
