@@ -344,9 +344,20 @@ class RewardScore:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizedInfo:
-    """What a quantizer made: bits, group size, bytes on disk and per-layer error figures."""
+    """What a quantizer made.
+
+    Attributes:
+        bits: Of a weight.
+        group_size: Weights that share a scale; -1 is a whole row.
+        bytes_on_disk: Of all weights.
+        layer_errors: Layer to the share of its output's energy that is lost on the calibration rows.
+        rtn_errors: The same if every weight were rounded to nearest.
+        kept_rtn: Layers that are rounded to nearest although asked for otherwise, and why.
+    """
 
     bits: int
     group_size: int
     bytes_on_disk: int
     layer_errors: Mapping[str, float] = field(default_factory=dict)
+    rtn_errors: Mapping[str, float] = field(default_factory=dict)
+    kept_rtn: Mapping[str, str] = field(default_factory=dict)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, Self
 
 import torch
 from torch import Tensor
@@ -25,6 +25,12 @@ class Hessian:
     def __init__(self, width: int, *, device: torch.device | str, dtype: torch.dtype = torch.float32) -> None:
         self.tokens = 0
         self._sum = torch.zeros(width, width, dtype=dtype, device=device)
+
+    @classmethod
+    def like(cls, inputs: Tensor) -> Self:
+        """For inputs [.., width] like these; the sums are at least in float32."""
+        dtype = torch.promote_types(inputs.dtype, torch.float32)
+        return cls(inputs.shape[-1], device=inputs.device, dtype=dtype)
 
     def add(self, inputs: Tensor) -> None:
         """Add inputs [N, width], of real tokens only."""
