@@ -357,10 +357,10 @@ def targets(entries: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     if len(pair) < 2:
         return {}
     ratio = pair["kdkit"]["seconds"] / pair[PEER]["seconds"]
-    above = pair["kdkit"]["perplexity"] - pair[PEER]["perplexity"]
+    above = round(pair["kdkit"]["perplexity"] - pair[PEER]["perplexity"], 3)
     return {
         "seconds": {"ratio": round(ratio, 3), "bound": SPEED, "kept": ratio <= SPEED},
-        "perplexity": {"above": round(above, 3), "bound": PERPLEXITY, "kept": above <= PERPLEXITY},
+        "perplexity": {"above": above, "bound": PERPLEXITY, "kept": above <= PERPLEXITY},
     }
 
 

@@ -18,6 +18,7 @@ from kdkit.models.quantized.checkpoint import GptqFormat, write_checkpoint
 from kdkit.models.quantized.form import refuse_quantized
 from kdkit.models.quantized.grid import GridSettings, resolve_group_size
 from kdkit.models.quantized.layers import blocks, quantizable
+from kdkit.plugins.quantizers.backends import find
 from kdkit.plugins.quantizers.gptq_solver import SolverSettings
 from kdkit.plugins.quantizers.sequential import Sequential, SequentialSettings
 
@@ -55,6 +56,8 @@ class GptqQuantizer:
             Stopped: A signal asked for it; finished blocks are kept.
         """
         p = self._params
+        if p.backend != "reference":
+            find(p.backend).ready()
         refuse_quantized(model_dir)
         rows = calibration_rows(calibration, read_tokenizer(model_dir), max_length=p.max_length, log=ctx.log)
         model = read_model(model_dir, dtype="auto")
