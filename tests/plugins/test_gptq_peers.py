@@ -214,6 +214,46 @@ def test_a_rewritten_checkpoint_of_gptqmodel_holds_the_same_weights(theirs, tmp_
     assert str(job.source.parent) not in text
 
 
+class Stage:
+    """What the quantizer needs of a stage."""
+
+    device = "cpu"
+
+    def __init__(self, checkpoints):
+        self.checkpoints, self.steps = checkpoints, []
+
+    def log(self, message, /):
+        pass
+
+    def progress(self, step, total, /, **_values):
+        self.steps.append((step, total))
+
+    def stopping(self):
+        return False
+
+
+def test_the_quantizer_with_backend_gptqmodel(tmp_path):
+    from kdkit.api import Example, Message
+    from kdkit.plugins.quantizers.gptq import GptqQuantizer
+    from kdkit.plugins.quantizers.gptq_plugin import GptqParams
+
+    source = save_model(tmp_path / "source", architecture="llama", layers=1)
+    texts = [f"A sentence that nobody else has written, number {number}." for number in range(6)]
+    rows = [Example(id=str(n), prompt=(Message("user", "Say it."),), completion=text) for n, text in enumerate(texts)]
+    stage = Stage(tmp_path / "checkpoints")
+    quantizer = GptqQuantizer(GptqParams(backend="gptqmodel", group_size=32))
+    info = quantizer.quantize(source, rows, tmp_path / "out", stage)
+    assert (info.bits, info.group_size) == (4, 32)
+    assert stage.steps == [(1, 1)]
+    assert not list(stage.checkpoints.iterdir())
+    form, linears = read_checkpoint(tmp_path / "out")
+    assert (form.version, form.desc_act, len(linears)) == (1, False, 7)
+    original, quantised = load_model(Model(path=source), dtype=torch.float32), forward(tmp_path / "out", torch.float32)
+    with torch.no_grad():
+        exact = original(input_ids=torch.tensor([IDS])).logits[0]
+    assert 0 < rms(quantised - exact) < 0.5 * rms(exact)
+
+
 def test_calibration_leaves_no_trace(theirs):
     directory, job, _ = theirs
     row = ", ".join(map(str, job.rows[0][:12]))
