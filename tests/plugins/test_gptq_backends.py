@@ -171,6 +171,13 @@ def test_a_group_size_that_does_not_divide_is_refused(backend):
         backend.check(make_job(group_size=48))
 
 
+@pytest.mark.parametrize("backend", [gptqmodel, auto_gptq])
+@pytest.mark.parametrize("damping", [0.0, 1.0])
+def test_damping_that_the_packages_refuse_is_refused_first(backend, damping):
+    with pytest.raises(ModelError, match="above 0 and below 1"):
+        backend.check(make_job(damp_percent=damping))
+
+
 def test_gptqmodel_would_leave_out_short_rows():
     gptqmodel.check(make_job(rows=[[1] * 10, [1] * 11]))
     with pytest.raises(DataError, match="no calibration row has more than 10 tokens"):
@@ -431,12 +438,25 @@ def test_a_layer_quantised_in_another_way_is_refused(tmp_path, change):
 
 def test_rotary_frequencies_survive_the_way_back_to_transformers_4():
     config = {"dtype": "float16", "rope_parameters": {"rope_theta": 100000.0, "rope_type": "default"}, "hidden_size": 8}
-    assert auto_gptq.old_config(config) == {
-        "torch_dtype": "float16", "rope_theta": 100000.0, "rope_scaling": None, "hidden_size": 8,
-    }  # fmt: skip
+    old = auto_gptq.old_config(config)
+    assert old == {**config, "torch_dtype": "float16", "rope_theta": 100000.0}
     scaled = {"rope_parameters": {"rope_theta": 5e5, "rope_type": "llama3", "factor": 32.0}}
-    assert auto_gptq.old_config(scaled) == {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", "factor": 32.0}}
+    old = auto_gptq.old_config(scaled)
+    assert (old["rope_theta"], old["rope_scaling"]) == (5e5, {"rope_type": "llama3", "factor": 32.0})
     assert auto_gptq.old_config({"rope_theta": 1e4}) == {"rope_theta": 1e4}
+
+
+@pytest.mark.parametrize("rope", [{"rope_type": "default"}, {"rope_type": "linear", "factor": 4.0}])
+def test_transformers_5_reads_the_same_with_the_old_names(rope):
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(hidden_size=64, rope_parameters={**rope, "rope_theta": 50000.0}).to_dict()
+    again = LlamaConfig.from_dict(auto_gptq.old_config(config))
+    assert again.rope_parameters == {**rope, "rope_theta": 50000.0}
+
+
+def test_code_of_the_model_is_never_named_to_auto_gptq():
+    assert auto_gptq.old_config({"auto_map": {"AutoConfig": "evil.Config"}, "hidden_size": 8}) == {"hidden_size": 8}
 
 
 # --- in a stage -------------------------------------------------------------------------------------------------------

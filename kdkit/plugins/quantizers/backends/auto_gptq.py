@@ -17,12 +17,13 @@ import torch
 from kdkit.api.artifacts import Model
 from kdkit.api.errors import ModelError
 from kdkit.models.load import load_model
+from kdkit.models.quantized.form import old_names
 from kdkit.plugins.quantizers.backends.environment import auto_gptq_state, command_of
 from kdkit.plugins.quantizers.backends.peer import (
     Follow,
     PeerJob,
     PeerResult,
-    check_groups,
+    check_common,
     converse,
     environment,
     require,
@@ -52,7 +53,7 @@ def check(job: PeerJob) -> None:
     Raises:
         ModelError: Asymmetric grids, a quantised head, or a group size that does not divide.
     """
-    check_groups(job)
+    check_common(job)
     if not job.sym:
         raise ModelError(
             "auto-gptq writes asymmetric layers wrongly where a zero point is 0: it destroys the zero points beside it",
@@ -111,15 +112,6 @@ def _for_old_transformers(source: Path, dest: Path) -> None:
 def old_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """``config.json`` of transformers 5 as transformers 4 reads it.
 
-    An unknown key is ignored there, so that a model would silently get the usual rotary frequencies instead of its own.
+    auto-gptq trusts every model's own code, which ``auto_map`` names: that entry is left out.
     """
-    old = dict(config)
-    if "dtype" in old:
-        old["torch_dtype"] = old.pop("dtype")
-    rope = old.pop("rope_parameters", None)
-    if isinstance(rope, Mapping):
-        scaling = dict(rope)
-        if "rope_theta" in scaling:
-            old["rope_theta"] = scaling.pop("rope_theta")
-        old["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
-    return old
+    return {key: value for key, value in config.items() if key != "auto_map"} | old_names(dict(config))

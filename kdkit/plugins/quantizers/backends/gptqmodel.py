@@ -15,7 +15,7 @@ from kdkit.plugins.quantizers.backends.peer import (
     Follow,
     PeerJob,
     PeerResult,
-    check_groups,
+    check_common,
     converse,
     environment,
     require,
@@ -42,10 +42,10 @@ def check(job: PeerJob) -> None:
     """Refuse what gptqmodel cannot do, before it starts.
 
     Raises:
-        ModelError: A group size that does not divide, which it would write all the same.
+        ModelError: A group size that does not divide, which it would write all the same, or damping out of range.
         DataError: No row is long enough.
     """
-    check_groups(job)
+    check_common(job)
     if not any(len(row) > _SHORTEST for row in job.rows):
         raise DataError(f"no calibration row has more than {_SHORTEST} tokens, and gptqmodel leaves out shorter ones")
 

@@ -18,7 +18,7 @@ from kdkit.models.quantized.checkpoint import read_checkpoint
 from kdkit.models.quantized.linear import QuantizedLinear
 from kdkit.plugins.quantizers.backends.environment import State
 
-__all__ = ["Follow", "PeerJob", "PeerResult", "converse", "require", "result"]
+__all__ = ["Follow", "PeerJob", "PeerResult", "check_common", "converse", "environment", "require", "result"]
 
 _POLL_SECONDS: Final = 0.25
 _EXIT_SECONDS: Final = 30.0
@@ -227,12 +227,15 @@ def _full(short: str, job: PeerJob) -> str:
     return next((name for name in job.shapes if name.endswith(f".{short}")), short)
 
 
-def check_groups(job: PeerJob) -> None:
-    """Refuse a group size that does not divide a width: both programs write files that then crash.
+def check_common(job: PeerJob) -> None:
+    """Refuse what neither program can do.
 
     Raises:
-        ModelError: Names the first layer that it does not divide.
+        ModelError: The group size does not divide the width of a layer (both would write a file that then crashes), or
+            the damping is out of range.
     """
+    if not 0 < job.damp_percent < 1:
+        raise ModelError(f"damp_percent is {job.damp_percent:g}", allowed="above 0 and below 1 for this backend")
     for name, (_, width) in job.shapes.items():
         if job.group_size != -1 and (job.group_size < 1 or width % job.group_size):
             raise ModelError(f"group_size {job.group_size} does not divide its {width} inputs", where=name)
