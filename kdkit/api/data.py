@@ -349,10 +349,12 @@ class QuantizedInfo:
     Attributes:
         bits: Of a weight.
         group_size: Weights that share a scale; -1 is a whole row.
-        bytes_on_disk: Of all weights.
-        layer_errors: Layer to the share of its output's energy that is lost on the calibration rows.
-        rtn_errors: The same if every weight were rounded to nearest.
-        kept_rtn: Layers that are rounded to nearest although asked for otherwise, and why.
+        bytes_on_disk: Of the weight files.
+        layer_errors: Relative squared error by layer, of its outputs on the rows of calibration, or of its weights
+            where there are none.
+        rtn_errors: The same figures for rounding to nearest, where that was computed.
+        kept_rtn: Layers that are rounded to nearest because that was better.
+        notes: What the person who runs the recipe should know, one line each; never text of calibration.
     """
 
     bits: int
@@ -360,4 +362,5 @@ class QuantizedInfo:
     bytes_on_disk: int
     layer_errors: Mapping[str, float] = field(default_factory=dict)
     rtn_errors: Mapping[str, float] = field(default_factory=dict)
-    kept_rtn: Mapping[str, str] = field(default_factory=dict)
+    kept_rtn: Sequence[str] = ()
+    notes: Sequence[str] = ()

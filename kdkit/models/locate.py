@@ -10,13 +10,13 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from kdkit.api.errors import EnvironmentUnmet, ModelError
 from kdkit.models.catalogue import KNOWN, KnownModel, cache_dir, models_dir
 from kdkit.models.hub import MODEL_FILES, NotOnHubError, is_offline, snapshot
 
-__all__ = ["check_directory", "fingerprint", "locate", "pulled"]
+__all__ = ["check_directory", "fingerprint", "locate", "model_format", "pulled"]
 
 _TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _FORMS: Final = "./path, ../path, /path, ~/path, a known name, or org/name"
@@ -150,6 +150,20 @@ def _missing_shard(path: Path) -> str | None:
         return f"{index.name} cannot be read"
     absent = sorted(name for name in shards if not (path / name).is_file())
     return f"no {absent[0]} ({len(absent)} of {len(shards)} weight files are absent)" if absent else None
+
+
+def model_format(path: Path) -> Literal["full", "gptq", "gguf"]:
+    """How the weights in ``path`` are stored: ``gptq`` when the model says so, ``gguf`` alone, else ``full``."""
+    if any(path.glob("*.gguf")) and not any(path.glob("*.safetensors")):
+        return "gguf"
+    try:
+        quantization = json.loads((path / "config.json").read_text(encoding="utf-8")).get("quantization_config")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return "full"
+    if quantization is None:
+        # Checkpoints of auto-gptq may say it in a file of their own only.
+        return "gptq" if (path / "quantize_config.json").is_file() else "full"
+    return "gptq" if isinstance(quantization, dict) and quantization.get("quant_method") == "gptq" else "full"
 
 
 def fingerprint(path: Path) -> str:

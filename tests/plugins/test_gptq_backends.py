@@ -513,12 +513,11 @@ def test_nothing_is_left_behind_by_a_failure(tmp_path, monkeypatch):
     assert not (stage.checkpoints / "backend").exists()
 
 
-def test_the_quantizer_asks_before_it_reads_anything(tmp_path, monkeypatch):
+def test_the_quantizer_asks_when_it_is_built(monkeypatch):
     from kdkit.plugins.quantizers.gptq import GptqQuantizer
     from kdkit.plugins.quantizers.gptq_plugin import GptqParams
 
     monkeypatch.setattr(environment, "has_device", lambda: False)
-    quantizer = GptqQuantizer(GptqParams(backend="auto-gptq"))
+    GptqQuantizer(GptqParams())
     with pytest.raises(EnvironmentUnmet, match="no CUDA device"):
-        quantizer.quantize(tmp_path / "absent", [], tmp_path / "out", Stage(tmp_path / "checkpoints"))
-    assert not list(tmp_path.iterdir())
+        GptqQuantizer(GptqParams(backend="auto-gptq"))

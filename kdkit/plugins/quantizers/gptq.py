@@ -18,6 +18,7 @@ from kdkit.models.quantized.checkpoint import GptqFormat, write_checkpoint
 from kdkit.models.quantized.form import refuse_quantized
 from kdkit.models.quantized.grid import GridSettings, resolve_group_size
 from kdkit.models.quantized.layers import blocks, quantizable
+from kdkit.models.quantized.packing import check_packable
 from kdkit.plugins.quantizers.backends import find
 from kdkit.plugins.quantizers.gptq_solver import SolverSettings
 from kdkit.plugins.quantizers.sequential import Sequential, SequentialSettings
@@ -38,9 +39,16 @@ FEW: Final = 8192
 
 
 class GptqQuantizer:
-    """See :class:`kdkit.api.protocols.Quantizer` and ``GptqParams``."""
+    """See :class:`kdkit.api.protocols.Quantizer` and ``GptqParams``.
+
+    Raises:
+        EnvironmentUnmet: The backend cannot work on this machine.
+    """
 
     def __init__(self, params: GptqParams) -> None:
+        if params.backend != "reference":
+            # Before rows and model are read.
+            find(params.backend).ready()
         self._params = params
 
     def quantize(
@@ -56,15 +64,14 @@ class GptqQuantizer:
             Stopped: A signal asked for it; finished blocks are kept.
         """
         p = self._params
-        if p.backend != "reference":
-            find(p.backend).ready()
         refuse_quantized(model_dir)
         rows = calibration_rows(calibration, read_tokenizer(model_dir), max_length=p.max_length, log=ctx.log)
         model = read_model(model_dir, dtype="auto")
         _check_tokens(rows, model)
-        widths = [linear.in_features for linear in quantizable(model, lm_head=p.lm_head).values()]
-        size = resolve_group_size(p.group_size, widths)
-        ctx.log(f"{len(widths)} layers, {p.bits} bits, groups of {'a whole row' if size == -1 else size}")
+        linears = quantizable(model, lm_head=p.lm_head)
+        size = resolve_group_size(p.group_size, [linear.in_features for linear in linears.values()])
+        check_packable({name: (linear.out_features, linear.in_features) for name, linear in linears.items()}, p.bits)
+        ctx.log(f"{len(linears)} layers, {p.bits} bits, groups of {'a whole row' if size == -1 else size}")
         form = GptqFormat.standard(
             bits=p.bits,
             group_size=size,
@@ -114,7 +121,8 @@ class GptqQuantizer:
             bytes_on_disk=written,
             layer_errors={layer.name: layer.error for layer in figures},
             rtn_errors={layer.name: layer.rtn_error for layer in figures},
-            kept_rtn={layer.name: layer.note or "" for layer in figures if layer.kept == "rtn"},
+            kept_rtn=[layer.name for layer in figures if layer.kept == "rtn"],
+            notes=[f"{layer.name}: {layer.note}" for layer in figures if layer.note],
         )
 
     def _elsewhere(

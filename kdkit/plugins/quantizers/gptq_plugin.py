@@ -70,4 +70,5 @@ GPTQ: QuantizerSpec[Any] = QuantizerSpec(
     summary="4-bit weights by error feedback on calibration rows (GPTQ), read by transformers, vLLM, gptqmodel",
     params=GptqParams,
     build=_gptq,
+    needs_calibration=True,
 )
