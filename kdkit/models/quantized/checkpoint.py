@@ -149,7 +149,8 @@ def _plain(stored: StoredTensors, name: str, as_name: str) -> Entry:
             tensor = tensor.to(torch.float16)
             if not bool(tensor.isfinite().all()):
                 raise ModelError("has values that are not finite in float16", where=name)
-        return {as_name: tensor.contiguous()}
+        # A second copy of a tensor needs memory of its own: the writer refuses names that share it.
+        return {as_name: tensor.contiguous() if as_name == name else tensor.clone().contiguous()}
 
     count = 1
     for size in stored.shape(name):

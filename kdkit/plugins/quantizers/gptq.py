@@ -162,7 +162,8 @@ class GptqQuantizer:
             bits=p.bits,
             group_size=form.group_size,
             bytes_on_disk=written,
-            kept_rtn=dict.fromkeys(result.fell_back, f"{result.program} rounded it to nearest"),
+            kept_rtn=result.fell_back,
+            notes=(f"quantised by {result.program}",),
         )
 
 
