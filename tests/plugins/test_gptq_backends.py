@@ -521,3 +521,29 @@ def test_the_quantizer_asks_when_it_is_built(monkeypatch):
     GptqQuantizer(GptqParams())
     with pytest.raises(EnvironmentUnmet, match="no CUDA device"):
         GptqQuantizer(GptqParams(backend="auto-gptq"))
+
+
+def test_a_checkpoint_for_auto_gptq_has_the_head_and_the_old_names(tmp_path):
+    import torch
+    from safetensors.torch import load_file
+
+    from kdkit.models.quantized.checkpoint import write_checkpoint
+    from kdkit.models.quantized.form import GptqFormat
+    from kdkit.models.quantized.layers import quantizable
+    from kdkit.testing.tiny import tiny_model, tiny_tokenizer
+
+    # float16 already, so that nothing is copied by rounding.
+    model = tiny_model(layers=1).to(torch.float16)
+    model.save_pretrained(tmp_path / "source")
+    tiny_tokenizer().save_pretrained(tmp_path / "source")
+    grid = GridSettings(bits=4, sym=True, mse=0.0)
+    layers = quantizable(model, lm_head=False).items()
+    linears = {name: round_to_nearest(layer.weight.float(), grid, 32) for name, layer in layers}
+    form = GptqFormat.standard(sym=True, bits=4, group_size=32)
+    for name, head in (("any", False), ("auto-gptq", True)):
+        write_checkpoint(tmp_path / "source", tmp_path / name, linears, form, write_head=head)
+        tensors = load_file(tmp_path / name / "model.safetensors")
+        config = json.loads((tmp_path / name / "config.json").read_text(encoding="utf-8"))
+        assert ("lm_head.weight" in tensors) is head
+        assert ("rope_theta" in config, "torch_dtype" in config) == (head, head)
+    assert torch.equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"])
