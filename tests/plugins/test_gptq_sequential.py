@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from kdkit.api.errors import DataError, ModelError, StageError, Stopped
+from kdkit.api.errors import DataError, EnvironmentUnmet, ModelError, Stopped
 from kdkit.models.quantized.grid import GridSettings
 from kdkit.models.quantized.layers import blocks, quantizable
 from kdkit.plugins.quantizers import block_pass, calls
@@ -376,7 +376,7 @@ def test_a_disk_that_takes_no_block_ends_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(
         "kdkit.train.checkpoint.save_file", lambda *_args, **_kwargs: (_ for _ in ()).throw(OSError("full"))
     )
-    with pytest.raises(StageError, match="cannot be written"):
+    with pytest.raises(EnvironmentUnmet, match="cannot be written"):
         quantise(tiny_model(), tmp_path)
 
 

@@ -11,7 +11,7 @@ from typing import Final, Literal
 
 from safetensors import safe_open
 
-from kdkit.api.errors import StageError
+from kdkit.api.errors import EnvironmentUnmet
 from kdkit.models.quantized.linear import QuantizedLinear
 from kdkit.train import checkpoint
 
@@ -68,14 +68,16 @@ class Finished(Mapping[str, QuantizedLinear]):
         """Keep a finished block.
 
         Raises:
-            StageError: It cannot be written.
+            EnvironmentUnmet: It cannot be written, most likely because the disk is full.
         """
         path = self._root / f"block-{index:05d}"
         tensors = {f"{f.name}/{key}": getattr(linear, key).cpu().clone() for f, linear in layers for key in _TENSORS}
         figures = [layer for layer, _ in layers]
         facts = {"identity": self._identity, "block": block, "layers": [asdict(layer) for layer in figures]}
         if not checkpoint.write(path, {"linears": tensors}, {"layers": facts}, self._log):
-            raise StageError(f"the finished layers of {block} cannot be written", where=str(path))
+            raise EnvironmentUnmet(
+                f"the finished layers of {block} cannot be written", where=str(path), hint="free space on this disk"
+            )
         self._note(path, block, figures)
 
     def figures(self, block: str) -> list[LayerFigures] | None:

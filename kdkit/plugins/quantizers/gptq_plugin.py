@@ -67,7 +67,7 @@ def _gptq(params: GptqParams) -> Quantizer:
 
 GPTQ: QuantizerSpec[Any] = QuantizerSpec(
     name="gptq",
-    summary="4-bit weights by error feedback on calibration rows (GPTQ), read by transformers, vLLM, gptqmodel",
+    summary="GPTQ: low-bit weights with error feedback, calibrated on rows of data",
     params=GptqParams,
     build=_gptq,
     needs_calibration=True,

@@ -106,11 +106,16 @@ class Sequential:
             if module not in inside:
                 self._place(module)
         self._batches = batches(self._rows, device)
-        traced = [trace(self._model, modules, self._plans, batch.ids) for batch in self._batches]
-        hidden = [states for states, _ in traced]
+        hidden: list[Tensor] = []
+        calls: list[list[Call]] = []
+        for batch in self._batches:
+            # Nothing else may hold the hidden states: they are replaced block by block.
+            states, made = trace(self._model, modules, self._plans, batch.ids)
+            hidden.append(states)
+            calls.append(made)
         for index, (name, block) in enumerate(self._blocks):
             if self._left(index):
-                self._block(index, name, block, hidden, [calls[index] for _, calls in traced])
+                self._block(index, name, block, hidden, [made[index] for made in calls])
             block.to("meta")
         head = self._head()
         if head is not None and self.finished.figures(_HEAD) is None:
