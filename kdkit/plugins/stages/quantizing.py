@@ -147,7 +147,9 @@ def _describe(artifact: Model, out: Path, ctx: StageContext, facts: Mapping[str,
     text = json.dumps(after, indent=2, sort_keys=True, allow_nan=False)
     (out / PROVENANCE_FILE).write_text(text + "\n", encoding="utf-8")
     shown: dict[str, Any] = dict(facts.get("quantization", {}))
-    rows = {key: shown[key] for key in ("quantizer", "bits", "group_size", "bytes", "bytes_before") if key in shown}
+    rows: dict[str, Any] = {
+        key: shown[key] for key in ("quantizer", "bits", "group_size", "bytes", "bytes_before") if key in shown
+    }
     card = ModelCard(name=f"{ctx.recipe}: {ctx.name}", summary=summary, base_model=base, facts=rows)
     (out / "README.md").write_text(render_card(card), encoding="utf-8")
 

@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from kdkit.testing.conformance.loss import TokenLossConformance
 from kdkit.testing.conformance.policy import PolicyLossConformance
+from kdkit.testing.conformance.quantizer import QuantizerConformance
 
-__all__ = ["PolicyLossConformance", "TokenLossConformance"]
+__all__ = ["PolicyLossConformance", "QuantizerConformance", "TokenLossConformance"]
