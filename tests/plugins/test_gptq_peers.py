@@ -232,7 +232,8 @@ class Stage:
         return False
 
 
-def test_the_quantizer_with_backend_gptqmodel(tmp_path):
+def test_the_quantizer_with_backend_gptqmodel(tmp_path, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")  # where the extension is that gptqmodel compiles once on a machine
     from kdkit.api import Example, Message
     from kdkit.plugins.quantizers.gptq import GptqQuantizer
     from kdkit.plugins.quantizers.gptq_plugin import GptqParams
