@@ -16,7 +16,15 @@ from kdkit.api.errors import KdkitError, ModelError
 from kdkit.models.files import staged
 from kdkit.models.hub import MODEL_FILES
 from kdkit.models.pretrained import load_errors, quiet, read_config
-from kdkit.models.quantized.form import QUANTIZE_CONFIG, GptqFormat, read_form, read_json, refuse_quantized, with_form
+from kdkit.models.quantized.form import (
+    QUANTIZE_CONFIG,
+    GptqFormat,
+    old_names,
+    read_form,
+    read_json,
+    refuse_quantized,
+    with_form,
+)
 from kdkit.models.quantized.linear import QuantizedLinear
 from kdkit.models.quantized.packing import PARTS, check_packable, pack, unpack
 from kdkit.models.quantized.tensors import Entry, StoredTensors, weight_bytes, write_shards
@@ -39,7 +47,8 @@ def write_checkpoint(
         out: Directory to make.
         linears: By the name of the layer in the model; each is asked for once, in the order of the file.
         form: What the checkpoint says about itself.
-        write_head: Store the output projection although it is the embedding (tied): auto-gptq reads zeros otherwise.
+        write_head: For auto-gptq: store the output projection although it is the embedding (tied), in whose place it
+            would read zeros, and what transformers 4 calls by other names in config.json.
 
     Returns:
         Bytes of the weights on disk.
@@ -55,7 +64,9 @@ def write_checkpoint(
         with StoredTensors(source) as stored:
             write_shards(_entries(source, stored, linears, form, write_head=write_head), directory)
         copy_companions(source, directory)
-        _write_json(directory / "config.json", with_form(read_json(source / "config.json"), form))
+        config = with_form(read_json(source / "config.json"), form)
+        # auto-gptq comes with transformers 4.
+        _write_json(directory / "config.json", config | (old_names(config) if write_head else {}))
         _write_json(directory / QUANTIZE_CONFIG, form.config())
     return weight_bytes(out)
 
@@ -138,7 +149,8 @@ def _plain(stored: StoredTensors, name: str, as_name: str) -> Entry:
             tensor = tensor.to(torch.float16)
             if not bool(tensor.isfinite().all()):
                 raise ModelError("has values that are not finite in float16", where=name)
-        return {as_name: tensor.contiguous()}
+        # A second copy of a tensor needs memory of its own: the writer refuses names that share it.
+        return {as_name: tensor.contiguous() if as_name == name else tensor.clone().contiguous()}
 
     count = 1
     for size in stored.shape(name):

@@ -11,7 +11,7 @@ from typing import Any, Final, Literal
 from kdkit import __version__
 from kdkit.api.errors import ModelError
 
-__all__ = ["QUANTIZE_CONFIG", "GptqFormat", "read_form", "refuse_quantized", "with_form"]
+__all__ = ["QUANTIZE_CONFIG", "GptqFormat", "old_names", "read_form", "refuse_quantized", "with_form"]
 
 QUANTIZE_CONFIG: Final = "quantize_config.json"
 _CONFIG: Final = "config.json"
@@ -78,6 +78,23 @@ def with_form(config: dict[str, Any], form: GptqFormat | None) -> dict[str, Any]
     """A model's config.json with ``form``, or without any trace of quantisation."""
     plain = {key: value for key, value in config.items() if key not in {_KEY, "torch_dtype", "dtype"}}
     return plain | {"dtype": "float16"} | ({_KEY: form.config()} if form is not None else {})
+
+
+def old_names(config: dict[str, Any]) -> dict[str, Any]:
+    """The same facts of a config.json by the names that transformers 4 knows.
+
+    It ignores ``rope_parameters``, so that a model would silently get the usual rotary frequencies instead of its own.
+    """
+    old = {"torch_dtype": config["dtype"]} if "dtype" in config else {}
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, dict):
+        return old
+    if "rope_theta" in rope:
+        old["rope_theta"] = rope["rope_theta"]
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    if scaling.get("rope_type", "default") != "default":
+        old["rope_scaling"] = scaling
+    return old
 
 
 def read_json(file: Path) -> dict[str, Any]:

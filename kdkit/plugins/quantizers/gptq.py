@@ -19,6 +19,7 @@ from kdkit.models.quantized.form import refuse_quantized
 from kdkit.models.quantized.grid import GridSettings, resolve_group_size
 from kdkit.models.quantized.layers import blocks, quantizable
 from kdkit.models.quantized.packing import check_packable
+from kdkit.plugins.quantizers.backends import find
 from kdkit.plugins.quantizers.gptq_solver import SolverSettings
 from kdkit.plugins.quantizers.sequential import Sequential, SequentialSettings
 
@@ -38,9 +39,16 @@ FEW: Final = 8192
 
 
 class GptqQuantizer:
-    """See :class:`kdkit.api.protocols.Quantizer` and ``GptqParams``."""
+    """See :class:`kdkit.api.protocols.Quantizer` and ``GptqParams``.
+
+    Raises:
+        EnvironmentUnmet: The backend cannot work on this machine.
+    """
 
     def __init__(self, params: GptqParams) -> None:
+        if params.backend != "reference":
+            # Before rows and model are read.
+            find(params.backend).ready()
         self._params = params
 
     def quantize(
@@ -154,7 +162,8 @@ class GptqQuantizer:
             bits=p.bits,
             group_size=form.group_size,
             bytes_on_disk=written,
-            kept_rtn=dict.fromkeys(result.fell_back, f"{result.program} rounded it to nearest"),
+            kept_rtn=result.fell_back,
+            notes=(f"quantised by {result.program}",),
         )
 
 
