@@ -129,12 +129,11 @@ def _write(
     ctx: StageContext,
 ) -> None:
     """Write the file tensor by tensor, so that memory holds one of them beside the model."""
-    from gguf import GGUF_DEFAULT_ALIGNMENT, GGUFWriter, LlamaFileType, quant_shape_to_byte_shape
+    from gguf import GGUFWriter, LlamaFileType, quant_shape_to_byte_shape
 
     writer = GGUFWriter(file, family.arch)
     try:
         writer.add_type("model")
-        writer.add_custom_alignment(GGUF_DEFAULT_ALIGNMENT)
         writer.add_quantization_version(2)
         writer.add_file_type(LlamaFileType[_FILE_TYPES[params.type]])
         write_architecture(writer, model.config, family, len(vocabulary.tokens))

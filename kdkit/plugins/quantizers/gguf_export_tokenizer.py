@@ -134,9 +134,7 @@ def _pair(merge: Any) -> tuple[str, str]:
     return left, right
 
 
-def _tokens(
-    state: Mapping[str, Any], rows: int, where: str, *, pieces: bool = False
-) -> tuple[list[str], list[int]]:
+def _tokens(state: Mapping[str, Any], rows: int, where: str, *, pieces: bool = False) -> tuple[list[str], list[int]]:
     """Text and type of every row, with ``[PADn]`` in rows that have no token."""
     texts = {index: token for token, index in state["model"]["vocab"].items()}
     types = dict.fromkeys(texts, _NORMAL)
