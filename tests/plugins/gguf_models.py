@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import heapq
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from kdkit.plugins.quantizers.gguf_plugin import GGUF, GgufParams
 
 HARD = (
     "Hello world",
@@ -117,7 +120,9 @@ def piece_tokenizer(
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if prefix else spaces
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     backend.add_special_tokens([AddedToken(token, normalized=False) for token in special])
-    backend.add_tokens([AddedToken("<tool>", normalized=False), AddedToken("▁▁▁▁▁", normalized=True)])
+    backend.add_tokens([AddedToken("<tool>", normalized=False)])
+    if not prefix:  # as Gemma has them; with a prefix llama.cpp would put another one behind
+        backend.add_tokens([AddedToken("▁▁▁▁▁", normalized=True)])
     backend.post_processor = processors.TemplateProcessing(
         single=f"{special[1]} $A", special_tokens=[(special[1], vocab[special[1]])]
     )
@@ -150,7 +155,7 @@ def config_of(kind: str, vocab: int, **changes):
         "tie_word_embeddings": kind.startswith("gemma"),
     }
     if kind in {"gemma2", "gemma3_text"}:
-        settings |= {"query_pre_attn_scalar": 32, "sliding_window": 4}
+        settings |= {"head_dim": 256, "sliding_window": 4}  # transformers reads no other attention scale
     return AutoConfig.for_model(kind, **(settings | changes))
 
 
@@ -169,6 +174,35 @@ def save(model, tokenizer, path: Path) -> Path:
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
+
+
+class Context(SimpleNamespace):
+    """What the quantizer may ask a stage for."""
+
+    def __init__(self, stop_after: int = 10**9):
+        super().__init__(lines=[], steps=[], stop_after=stop_after)
+
+    def log(self, message):
+        self.lines.append(message)
+
+    def progress(self, step, total, **values):
+        self.steps.append((step, total))
+
+    def stopping(self):
+        return len(self.steps) >= self.stop_after
+
+
+def export(source, out, ctx=None, **params):
+    """The file that the quantizer makes of ``source``, and what it says about it."""
+    info = GGUF.build(GgufParams(**params)).quantize(source, (), out, ctx or Context())
+    (file,) = out.glob("*.gguf")
+    return file, info
+
+
+def tokenizer_for(kind: str) -> PreTrainedTokenizerFast:
+    if kind.startswith("gemma"):
+        return piece_tokenizer(prefix=False)
+    return byte_tokenizer("smollm" if kind == "llama" else "qwen2")
 
 
 def spm(tokens: list[str], scores: list[float], text: str) -> list[int]:

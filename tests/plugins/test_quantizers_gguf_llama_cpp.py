@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 
-
 import numpy as np
 import pytest
 import torch
@@ -11,15 +10,13 @@ import torch
 pytest.importorskip("gguf")
 llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python")
 
-from gguf_models import CHAT, HARD, byte_tokenizer, model_of, piece_tokenizer, save
-from test_quantizers_gguf import export, tokenizer_for
+from gguf_models import CHAT, HARD, byte_tokenizer, export, model_of, piece_tokenizer, save, tokenizer_for
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdkit.models.catalogue import models_dir
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 REAL = models_dir()
-
 
 
 def load(file):

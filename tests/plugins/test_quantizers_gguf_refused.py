@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("gguf")
 
-from gguf_models import byte_tokenizer, model_of, piece_tokenizer, save
+from gguf_models import Context, byte_tokenizer, model_of, piece_tokenizer, save
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE, Unigram
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -16,17 +16,6 @@ from kdkit.api.errors import ModelError
 from kdkit.plugins.quantizers.gguf_plugin import GGUF, GgufParams
 
 ROWS = 340
-
-
-class Context:
-    def log(self, message):
-        pass
-
-    def progress(self, step, total, **values):
-        pass
-
-    def stopping(self):
-        return False
 
 
 def refuse(source, tmp_path, match, **params):
@@ -69,7 +58,9 @@ def test_an_unsupported_architecture_by_name(tmp_path):
 
 
 def test_a_head_of_another_kind(llama, tmp_path):
-    refuse(edited(llama, tmp_path, architectures=["LlamaForSequenceClassification"]), tmp_path, "SequenceClassification")
+    refuse(
+        edited(llama, tmp_path, architectures=["LlamaForSequenceClassification"]), tmp_path, "SequenceClassification"
+    )
 
 
 def test_a_quantized_model(llama, tmp_path):
@@ -81,7 +72,12 @@ def test_a_quantized_model(llama, tmp_path):
     ("changes", "match"),
     [
         ({"hidden_act": "gelu"}, "the activation 'gelu'; allowed: silu or swish"),
-        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "positions of type 'dynamic'"),
+        ({"rms_norm_eps": 1e300}, "rms_norm_eps 1e.300; allowed: a positive number"),
+        ({"max_position_embeddings": -5}, "max_position_embeddings -5"),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+            "positions of type 'dynamic'",
+        ),
     ],
 )
 def test_settings_that_llama_cpp_would_ignore(changes, match, llama, tmp_path):
@@ -91,12 +87,16 @@ def test_settings_that_llama_cpp_would_ignore(changes, match, llama, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "changes", "match"),
     [
-        ("gemma2", {"query_pre_attn_scalar": 16}, "query_pre_attn_scalar 16; allowed: 32"),
+        ("gemma2", {"query_pre_attn_scalar": 16}, "query_pre_attn_scalar 16; allowed: 256"),
         ("gemma2", {"attn_logit_softcapping": None}, "gemma2 without soft caps"),
         ("gemma2", {"tie_word_embeddings": False}, "an output projection apart"),
         ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping 50"),
         ("gemma", {"attention_bias": True}, "attention_bias for gemma"),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}, "sliding window for qwen2"),
+        (
+            "qwen2",
+            {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0},
+            "sliding window for qwen2",
+        ),
     ],
 )
 def test_settings_of_a_family(kind, changes, match, tmp_path):
@@ -107,8 +107,8 @@ def test_settings_of_a_family(kind, changes, match, tmp_path):
 # --- tokenizers -------------------------------------------------------------------------------------------------------
 
 
-def wrapped(backend):
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<|im_start|>", eos_token="<|im_end|>")
+def wrapped(backend, bos="<|im_start|>", eos="<|im_end|>"):
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, eos_token=eos)
 
 
 def with_splitter(pre_tokenizer):
@@ -135,7 +135,9 @@ def byte_level(**settings):
     ids=["digit-runs", "prefix-space", "no-split", "other-expression", "whitespace"],
 )
 def test_a_splitting_rule_without_a_name(pre_tokenizer, tmp_path):
-    refuse(saved(tmp_path, tokenizer=with_splitter(pre_tokenizer)), tmp_path, "no known name in GGUF.*allowed: .*smollm")
+    refuse(
+        saved(tmp_path, tokenizer=with_splitter(pre_tokenizer)), tmp_path, "no known name in GGUF.*allowed: .*smollm"
+    )
 
 
 def test_a_rule_that_skips_merges_under_a_name_that_does_not(tmp_path):
@@ -166,8 +168,7 @@ def test_byte_level_without_merges(tmp_path):
 def test_pieces_without_bytes(tmp_path):
     state = json.loads(piece_tokenizer().backend_tokenizer.to_str())
     state["model"]["vocab"]["<0x7f>"] = state["model"]["vocab"].pop("<0x7F>")
-    tokenizer = piece_tokenizer()
-    tokenizer.__init__(tokenizer_object=Tokenizer.from_str(json.dumps(state)), bos_token="<s>", eos_token="</s>")
+    tokenizer = wrapped(Tokenizer.from_str(json.dumps(state)), "<s>", "</s>")
     refuse(saved(tmp_path, tokenizer=tokenizer, rows=420), tmp_path, "lacks a token for every byte")
 
 
@@ -182,8 +183,7 @@ def test_merges_in_an_order_that_scores_cannot_say(tmp_path):
     (last,) = [pair for pair in merges if pair == ["th", "at"]]
     merges.remove(last)
     merges.append(last)
-    tokenizer = piece_tokenizer()
-    tokenizer.__init__(tokenizer_object=Tokenizer.from_str(json.dumps(state)), bos_token="<s>", eos_token="</s>")
+    tokenizer = wrapped(Tokenizer.from_str(json.dumps(state)), "<s>", "</s>")
     refuse(saved(tmp_path, tokenizer=tokenizer, rows=420), tmp_path, "prefers one way of making 'that'")
 
 
@@ -210,7 +210,9 @@ def test_no_end_token(tmp_path):
 
 def test_a_token_beyond_the_table(tmp_path):
     tokenizer = byte_tokenizer()
-    refuse(saved(tmp_path, tokenizer=tokenizer, rows=len(tokenizer) - 1), tmp_path, "token 319, its token table 319 rows")
+    refuse(
+        saved(tmp_path, tokenizer=tokenizer, rows=len(tokenizer) - 1), tmp_path, "token 319, its token table 319 rows"
+    )
 
 
 def test_a_null_character(tmp_path):

@@ -20,7 +20,7 @@ from kdkit.api.errors import ModelError, Stopped
 from kdkit.models.files import staged
 from kdkit.models.gguf_import import require_gguf
 from kdkit.models.locate import check_directory
-from kdkit.models.pretrained import quiet, read_config, read_model, read_tokenizer
+from kdkit.models.pretrained import load_errors, quiet, read_config, read_model, read_tokenizer
 from kdkit.plugins.quantizers.gguf_export_model import Family, export_tensors, family_of, write_architecture
 from kdkit.plugins.quantizers.gguf_export_tokenizer import Vocabulary, read_vocabulary, write_vocabulary
 from kdkit.plugins.quantizers.gguf_plugin import GgufParams
@@ -40,7 +40,7 @@ _FILE_TYPES: Final = {"F16": "MOSTLY_F16", "Q8_0": "MOSTLY_Q8_0", "Q4_0": "MOSTL
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """A tensor of the file: its name, [out, in] shape, stored type and a function for its float32 values."""
+    """A tensor of the file: its name, [out, in] shape, stored type and a function for its values."""
 
     name: str
     shape: tuple[int, ...]
@@ -74,10 +74,13 @@ class GgufQuantizer:
         require_gguf()
         where = str(model_dir)
         check_directory(model_dir, where=where)
-        family = family_of(read_config(model_dir), where)
+        config = read_config(model_dir)
+        with load_errors(model_dir, "configuration"):
+            family = family_of(config, where)
         tokenizer = read_tokenizer(model_dir)
         model = read_model(model_dir, dtype="auto")
-        vocabulary = _vocabulary(model, tokenizer, where)
+        with load_errors(model_dir, "tokenizer"):
+            vocabulary = _vocabulary(model, tokenizer, where)
         for note in vocabulary.notes:
             ctx.log(f"gguf: {note}")
         entries = _entries(model, family, self.params, where)
@@ -106,7 +109,7 @@ def _entries(model: PreTrainedModel, family: Family, params: GgufParams, where: 
     tables = {"token_embd.weight", "output.weight"}
     entries = []
     for name, shape, read in export_tensors(model, family, where):
-        kind = params.table if name in tables else params.type
+        kind: str = params.table if name in tables else params.type
         if len(shape) == 1:
             kind = "F32"
         elif shape[-1] % BLOCK:
@@ -154,17 +157,16 @@ def _write(
 
 
 def _write_tensor(writer: GGUFWriter, entry: _Entry) -> None:
-    values = entry.read()
-    if not bool(values.isfinite().all()):
-        raise ModelError("has values that are not finite", where=entry.name)
-    packed = np.concatenate([_pack(rows, entry) for rows in values.split(_ROWS)])
-    writer.write_tensor_data(packed)
+    packed = [_pack(rows.float(), entry) for rows in entry.read().split(_ROWS)]
+    writer.write_tensor_data(np.concatenate(packed))
 
 
 def _pack(rows: Tensor, entry: _Entry) -> np.ndarray[Any, Any]:
     from gguf import GGMLQuantizationType
     from gguf.quants import quantize
 
+    if not bool(rows.isfinite().all()):
+        raise ModelError("has values that are not finite", where=entry.name)
     # A scale of a block is stored in float16 too, so that the limit holds for the block types.
     if entry.kind != GGMLQuantizationType.F32 and float(rows.abs().max()) > torch.finfo(torch.float16).max:
         raise ModelError("has values too large for float16, which GGUF's types store", where=entry.name)

@@ -23,6 +23,8 @@ __all__ = ["Family", "export_tensors", "family_of", "write_architecture"]
 
 _GEMMA_27B: Final = {"gemma2": 46, "gemma3": 62}
 """The number of layers by which llama.cpp takes a model for the 27B one, whose attention scale differs."""
+_LARGEST: Final = 2**31
+"""GGUF stores counts as uint32, which llama.cpp reads into int32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,12 +92,24 @@ def _mismatches(config: PreTrainedConfig, family: Family) -> Iterator[tuple[str,
             yield f"rotary positions of type {kind!r}", ", ".join(known)
         if rope.get("partial_rotary_factor", 1.0) != 1.0:
             yield f"partial_rotary_factor {rope['partial_rotary_factor']}", "1"
+    for name, number in _numbers(config).items():
+        if not isinstance(number, (int, float)) or not 0 < number < _LARGEST:
+            yield f"{name} {number!r}", "a positive number of ordinary size"
     if family.tied and not config.tie_word_embeddings:
         yield "an output projection apart from the token table", "tie_word_embeddings: true"
     if family.arch == "qwen2":
         yield from _qwen2_mismatches(config)
     if family.arch.startswith("gemma"):
         yield from _gemma_mismatches(config, family)
+
+
+def _numbers(config: PreTrainedConfig) -> dict[str, Any]:
+    """What the file takes from the configuration and no weight confirms."""
+    numbers: dict[str, Any] = {name: getattr(config, name) for name in ("max_position_embeddings", "rms_norm_eps")}
+    for rope in _ropes(config).values():
+        numbers |= {name: rope[name] for name in ("rope_theta", "factor") if name in rope}
+    optional = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
+    return numbers | {name: value for name in optional if (value := getattr(config, name, None)) is not None}
 
 
 def _qwen2_mismatches(config: PreTrainedConfig) -> Iterator[tuple[str, str]]:
@@ -178,7 +192,7 @@ def _write_rope(writer: GGUFWriter, config: PreTrainedConfig) -> None:
 def export_tensors(
     model: PreTrainedModel, family: Family, where: str
 ) -> Iterator[tuple[str, tuple[int, ...], Callable[[], Tensor]]]:
-    """Name, shape and a function for the values (float32) of every tensor of the file, in a fixed order.
+    """Name, shape and a function for the values of every tensor of the file, in a fixed order.
 
     Raises:
         ModelError: A weight has no place in llama.cpp's architecture.
@@ -208,10 +222,10 @@ def _values(name: str, tensor: Tensor, config: PreTrainedConfig, family: Family)
     offset = family.norm_offset if name.endswith("norm.weight") else 0.0
 
     def read() -> Tensor:
-        values = tensor.detach().to("cpu", torch.float32)
+        values = tensor.detach().cpu()
         if heads:
             values = _interleave(values, heads)
-        return values + offset if offset else values
+        return values.float() + offset if offset else values
 
     return read
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count, groupby
@@ -117,6 +118,8 @@ def _byte_level(state: Mapping[str, Any], rows: int, common: Mapping[str, Any], 
 
 def _sentencepiece(state: Mapping[str, Any], rows: int, common: Mapping[str, Any], where: str) -> Vocabulary:
     prefix, notes = _prefix(state, where)
+    if prefix and not notes and any(token["normalized"] for token in state["added_tokens"]):
+        notes = [_AFTER_SPECIAL]
     tokens, types = _tokens(state, rows, where, pieces=True)
     if types.count(_BYTE_TOKEN) != 256:
         what = "its tokenizer lacks a token for every byte, without which llama.cpp ends at the first unknown character"
@@ -166,7 +169,7 @@ def _ranks(state: Mapping[str, Any], where: str) -> dict[str, int]:
     order = [token for token, _ in groupby(token for token in made if token not in added)]
     ranks = {token: rank for rank, token in enumerate(order)}
     if len(ranks) < len(order):
-        token = next(token for token in order if order.count(token) > 1)
+        token = Counter(order).most_common(1)[0][0]
         raise ModelError(f"its tokenizer prefers one way of making {token!r} to another", where=where, hint=_HINT)
     known = set(merges)
     for token in vocab:
@@ -178,6 +181,7 @@ def _ranks(state: Mapping[str, Any], where: str) -> dict[str, int]:
     return ranks
 
 
+_AFTER_SPECIAL: Final = "llama.cpp puts a space after added tokens, too, which this tokenizer does not"
 _HINT: Final = "llama.cpp joins by token, as SentencePiece does, and would split text otherwise"
 
 
@@ -205,7 +209,7 @@ def _prefix(state: Mapping[str, Any], where: str) -> tuple[bool, list[str]]:
             return False, []
         notes = ["llama.cpp puts a space before text that starts with one, too, which this tokenizer does not"]
         if scheme == "first":
-            notes.append("llama.cpp puts a space after special tokens, too, which this tokenizer does not")
+            notes.append(_AFTER_SPECIAL)
         return True, notes
     kinds = ", ".join(str(part.get("type")) for part in (*parts, before) if part.get("type"))
     what = f"its tokenizer prepares text in a way that GGUF has no name for ({kinds or 'nothing'})"
