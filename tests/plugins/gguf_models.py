@@ -106,7 +106,14 @@ def piece_tokenizer(
     """SentencePiece's BPE as transformers saves it: byte fallback, and every merge that makes a piece."""
     ranks = pieces()
     single = sorted({char for text in (*HARD[:7], "\n▁", *ranks) for char in text if char != " "})
-    texts = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), *ranks, *single, "▁▁▁▁▁", "<tool>"]
+    texts = [
+        *special,
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        *ranks,
+        *single,
+        "<tool>",
+        *([] if prefix else ["▁▁▁▁▁"]),
+    ]
     vocab = {token: index for index, token in enumerate(dict.fromkeys(texts))}
     merges = [
         (piece[:cut], piece[cut:])

@@ -1,20 +1,18 @@
 from __future__ import annotations
 
+import gguf
 import numpy as np
 import pytest
 import torch
+from gguf_models import CHAT, HARD, Context, byte_tokenizer, export, model_of, piece_tokenizer, save, spm, tokenizer_for
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-gguf = pytest.importorskip("gguf")
-
-from gguf_models import CHAT, HARD, Context, byte_tokenizer, export, model_of, piece_tokenizer, save, spm, tokenizer_for  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig  # noqa: E402
-
-from kdkit.api.errors import EnvironmentUnmet, ModelError, Stopped  # noqa: E402
-from kdkit.models import gguf_import  # noqa: E402
-from kdkit.models.gguf_import import import_gguf  # noqa: E402
-from kdkit.models.pretrained import quiet  # noqa: E402
-from kdkit.plugins.quantizers.gguf_export_splits import split_rule  # noqa: E402
-from kdkit.plugins.quantizers.gguf_plugin import GGUF, GgufParams  # noqa: E402
+from kdkit.api.errors import EnvironmentUnmet, ModelError, Stopped
+from kdkit.models import gguf_import
+from kdkit.models.gguf_import import import_gguf
+from kdkit.models.pretrained import quiet
+from kdkit.plugins.quantizers.gguf_export_splits import split_rule
+from kdkit.plugins.quantizers.gguf_plugin import GGUF, GgufParams
 
 ROWS = 420
 IDS = torch.arange(3, 35).unsqueeze(0)
@@ -70,7 +68,7 @@ def halved(model):
     ("kind", "changes"),
     [
         ("llama", {}),
-        ("llama", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True, "num_hidden_layers": 1}),
+        ("llama", {"tie_word_embeddings": True, "num_hidden_layers": 1}),
         ("qwen2", {"num_key_value_heads": 1}),
         ("gemma2", {}),
         ("gemma3_text", {}),
@@ -89,6 +87,22 @@ def test_f16_is_the_model_itself(kind, changes, sources, tmp_path):
         torch.testing.assert_close(theirs[name], value, rtol=0, atol=2e-7 if "norm" in name else 0, msg=name)
     torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-4)
     assert (info.bits, info.group_size, info.bytes_on_disk) == (16, 0, file.stat().st_size)
+
+
+def test_biases_of_llama_in_the_words_of_the_format(sources, tmp_path):
+    """transformers reads a llama without its biases."""
+    source = sources("llama", attention_bias=True, mlp_bias=True)
+    file, _ = export(source, tmp_path / "out", type="Q4_0")
+    state, stored = AutoModelForCausalLM.from_pretrained(source).state_dict(), tensors(file)
+    bias = state["model.layers.0.self_attn.k_proj.bias"].numpy()
+    pairs = [half * 16 + row + head * 32 for head in range(2) for row in range(16) for half in range(2)]
+    np.testing.assert_array_equal(stored["blk.0.attn_k.bias"].data, bias[pairs])
+    for theirs, ours in (
+        ("attn_v", "self_attn.v_proj"),
+        ("attn_output", "self_attn.o_proj"),
+        ("ffn_down", "mlp.down_proj"),
+    ):
+        np.testing.assert_array_equal(stored[f"blk.1.{theirs}.bias"].data, state[f"model.layers.1.{ours}.bias"].numpy())
 
 
 def test_gemma_1_in_the_words_of_the_format(sources, tmp_path):
@@ -213,7 +227,7 @@ def test_pieces_by_scores_are_those_by_merges(prefix, tmp_path):
     assert known["tokenizer.ggml.pre"] == "default"
     assert known["tokenizer.ggml.add_space_prefix"] is prefix
     assert known["tokenizer.ggml.add_bos_token"] is True
-    for text in (*HARD[:9], "thethat  what  is", "        x", "anand"):
+    for text in (*HARD[:9], "thethat  what  is", "    x", "anand"):
         prepared = ("▁" if prefix and text else "") + text.replace(" ", "▁")
         ours = tokenizer(text, add_special_tokens=False).input_ids
         assert spm(known["tokenizer.ggml.tokens"], known["tokenizer.ggml.scores"], prepared) == ours, text

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-
 import numpy as np
 import pytest
 import torch
-
-pytest.importorskip("gguf")
-llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python")
-
 from gguf_models import CHAT, HARD, byte_tokenizer, export, model_of, piece_tokenizer, save, tokenizer_for
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -20,6 +15,7 @@ REAL = models_dir()
 
 
 def load(file):
+    llama_cpp = pytest.importorskip("llama_cpp", reason="needs the package llama-cpp-python")
     return llama_cpp.Llama(
         str(file), n_ctx=128, n_batch=128, n_threads=1, logits_all=True, verbose=False, n_gpu_layers=0
     )

@@ -4,12 +4,9 @@ import json
 
 import pytest
 import torch
-
-pytest.importorskip("gguf")
-
 from gguf_models import Context, byte_tokenizer, model_of, piece_tokenizer, save
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers, processors
-from tokenizers.models import BPE, Unigram
+from tokenizers.models import Unigram
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from kdkit.api.errors import ModelError
