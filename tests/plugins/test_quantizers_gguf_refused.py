@@ -70,6 +70,7 @@ def test_a_quantized_model(llama, tmp_path):
     [
         ({"hidden_act": "gelu"}, "the activation 'gelu'; allowed: silu or swish"),
         ({"rms_norm_eps": 1e300}, "rms_norm_eps 1e.300; allowed: a positive number"),
+        ({"head_dim": 31}, "head_dim 31; allowed: an even number"),
         ({"max_position_embeddings": -5}, "max_position_embeddings -5"),
         (
             {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
@@ -155,7 +156,7 @@ def test_another_model_of_tokens(tmp_path):
 
 
 def test_byte_level_without_merges(tmp_path):
-    from kdkit.testing import tiny_tokenizer
+    from kdkit.testing.tiny import tiny_tokenizer
 
     tokenizer = tiny_tokenizer()
     tokenizer.backend_tokenizer.pre_tokenizer = byte_level()
@@ -236,11 +237,11 @@ def test_weights_that_cannot_be_stored(value, match, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
-@pytest.mark.parametrize("content", [b"", b"{}", b"\x00\xff" * 40])
+@pytest.mark.parametrize("content", [b"", b"{}", b"\x00\xff" * 40], ids=["empty", "object", "noise"])
 def test_broken_files(name, content, llama, tmp_path):
     source = edited(llama, tmp_path)
     (source / name).write_bytes(content)
-    refuse(source, tmp_path, "")
+    refuse(source, tmp_path, "edited")
 
 
 def test_no_directory(tmp_path):

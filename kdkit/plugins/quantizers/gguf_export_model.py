@@ -95,6 +95,8 @@ def _mismatches(config: PreTrainedConfig, family: Family) -> Iterator[tuple[str,
     for name, number in _numbers(config).items():
         if not isinstance(number, (int, float)) or not 0 < number < _LARGEST:
             yield f"{name} {number!r}", "a positive number of ordinary size"
+    if _head_dim(config) % 2:
+        yield f"head_dim {_head_dim(config)}", "an even number"
     if family.tied and not config.tie_word_embeddings:
         yield "an output projection apart from the token table", "tie_word_embeddings: true"
     if family.arch == "qwen2":
