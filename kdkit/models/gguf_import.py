@@ -26,7 +26,7 @@ from kdkit.api.errors import EnvironmentUnmet, ModelError
 from kdkit.models.files import staged
 from kdkit.models.pretrained import load_errors, quiet, write_pretrained
 
-__all__ = ["import_gguf", "import_gguf_into", "require_gguf"]
+__all__ = ["import_gguf", "import_gguf_into", "read_gguf", "require_gguf"]
 
 _DIGITS_APART: Final = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"})
 """llama.cpp's names of the splitting rule "each digit alone, then GPT-2's rule"."""
@@ -61,6 +61,17 @@ def import_gguf(source: Path, dest: Path) -> None:
 
 def import_gguf_into(source: Path, directory: Path) -> None:
     """:func:`import_gguf` for a directory that the caller makes, syncs and guards (``files.staged``)."""
+    model, tokenizer = read_gguf(source)
+    write_pretrained(model, tokenizer, directory, dtype=torch.bfloat16)
+
+
+def read_gguf(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model in the GGUF file ``source``, dequantised to float32, and its tokenizer.
+
+    Raises:
+        ModelError: The file cannot be read as a causal language model.
+        EnvironmentUnmet: The ``gguf`` package is missing.
+    """
     require_gguf()
     if not source.is_file():
         raise ModelError("no such file", where=str(source), allowed="a .gguf file")
@@ -82,7 +93,7 @@ def import_gguf_into(source: Path, directory: Path) -> None:
     model = _rebuild(packed)
     model.generation_config = _generation_config(model.config, tokenizer)
     tokenizer.model_max_length = model.config.max_position_embeddings
-    write_pretrained(model, tokenizer, directory, dtype=torch.bfloat16)
+    return model, tokenizer
 
 
 def _rebuild(packed: PreTrainedModel) -> PreTrainedModel:

@@ -27,6 +27,7 @@ from kdkit.api.protocols import DatasetLoader, Loss, Metric, Reward, RolloutEngi
 from kdkit.plugins.stages.caching_plugin import CACHE_TEACHER
 from kdkit.plugins.stages.checks import check_distill, check_evaluate, check_generate, check_sft
 from kdkit.plugins.stages.minillm_plugin import MINILLM
+from kdkit.plugins.stages.quantizing_plugin import DEQUANTIZE, QUANTIZE
 from kdkit.train.params import TrainParams
 
 
@@ -197,6 +198,8 @@ def kdkit_stages() -> Iterator[StageSpec[Any]]:
         version=3,
     )
     yield CACHE_TEACHER
+    yield QUANTIZE
+    yield DEQUANTIZE
     yield StageSpec(
         name="evaluate",
         summary="Score models on the same prompts with the same decoding",

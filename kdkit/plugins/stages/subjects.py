@@ -10,6 +10,7 @@ import torch
 from kdkit.models.chat import ChatEncoder
 from kdkit.models.heads import verify_split
 from kdkit.models.load import load_model, load_tokenizer, vocabulary
+from kdkit.models.quantized.tensors import weight_bytes
 from kdkit.models.save import read_provenance
 
 if TYPE_CHECKING:
@@ -59,4 +60,4 @@ def _weight_bytes(subject: Subject) -> int:
     """Bytes of the weights on disk; of the weights in memory for a model that is pruned while loading."""
     if subject.artifact.keep_layers is not None:
         return sum(p.numel() * p.element_size() for p in subject.model.parameters())
-    return sum(file.stat().st_size for file in subject.artifact.path.glob("*.safetensors"))
+    return weight_bytes(subject.artifact.path)
