@@ -86,7 +86,7 @@ def test_f16_is_the_model_itself(kind, changes, sources, tmp_path):
         # A norm is stored with one added for Gemma, and float32 drops a last bit on the way there and back.
         torch.testing.assert_close(theirs[name], value, rtol=0, atol=2e-7 if "norm" in name else 0, msg=name)
     torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-4)
-    assert (info.bits, info.group_size, info.bytes_on_disk) == (16, 0, file.stat().st_size)
+    assert (info.bits, info.group_size, info.bytes_on_disk) == (16, 1, file.stat().st_size)
 
 
 def test_biases_of_llama_in_the_words_of_the_format(sources, tmp_path):
@@ -137,6 +137,9 @@ def test_a_weight_moves_by_no_more_than_the_step_of_its_block(kind, bits, source
         step = {"Q8_0": reach / 127 / 2, "Q4_0": reach / 8, "Q4_1": (blocks.amax(1) - blocks.amin(1)) / 15 / 2}[kind]
         assert bool((error.amax(1) <= step * 1.01 + reach * 2**-9).all()), name
         assert float(error.max()) > 0
+        lost = float((theirs[name] - value).square().sum() / value.square().sum())
+        assert info.layer_errors[name.removesuffix(".weight")] == pytest.approx(lost, rel=1e-4)
+    assert len(info.layer_errors) == 2 + 7 * 3
 
 
 def test_tables_under_four_bits(sources, tmp_path):
@@ -149,11 +152,10 @@ def test_tables_under_four_bits(sources, tmp_path):
 
 
 def test_a_width_that_blocks_do_not_divide_stays_in_f16(sources, tmp_path):
-    ctx = Context()
-    file, _ = export(sources("llama", intermediate_size=80), tmp_path / "out", ctx, type="Q4_1")
+    file, info = export(sources("llama", intermediate_size=80), tmp_path / "out", type="Q4_1")
     assert tensors(file)["blk.0.ffn_down.weight"].tensor_type.name == "F16"
     assert tensors(file)["blk.0.ffn_up.weight"].tensor_type.name == "Q4_1"
-    assert any("3 matrices stay in F16, such as blk.0.ffn_down.weight" in line for line in ctx.lines)
+    assert any("3 matrices stay in F16, such as model.layers.0.mlp.down_proj" in note for note in info.notes)
 
 
 def test_rotary_frequencies_of_llama_3(sources, tmp_path):
@@ -240,11 +242,10 @@ def test_a_prefix_only_at_the_start_is_said(tmp_path):
     tokenizer.backend_tokenizer.normalizer = None
     metaspace = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first", split=False)
     tokenizer.backend_tokenizer.pre_tokenizer = metaspace
-    ctx = Context()
-    file, _ = export(save(model_of("llama", ROWS), tokenizer, tmp_path / "source"), tmp_path / "out", ctx)
+    file, info = export(save(model_of("llama", ROWS), tokenizer, tmp_path / "source"), tmp_path / "out")
     assert fields(file)["tokenizer.ggml.add_space_prefix"] is True
-    assert any("after added tokens" in line for line in ctx.lines)
-    assert any("text that starts with one" in line for line in ctx.lines)
+    assert any("after added tokens" in note for note in info.notes)
+    assert any("text that starts with one" in note for note in info.notes)
 
 
 def test_kinds_of_tokens(tmp_path):
@@ -286,10 +287,9 @@ def test_differences_that_remain_are_said(tmp_path):
     tokenizer = byte_tokenizer("qwen2")
     tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
     tokenizer.add_tokens([AddedToken("<mask>", lstrip=True)])
-    ctx = Context()
-    export(save(model_of("qwen2", ROWS), tokenizer, tmp_path / "source"), tmp_path / "out", ctx)
-    assert any("NFC" in line for line in ctx.lines)
-    assert any("'<mask>'" in line for line in ctx.lines)
+    _, info = export(save(model_of("qwen2", ROWS), tokenizer, tmp_path / "source"), tmp_path / "out")
+    assert any("NFC" in note for note in info.notes)
+    assert any("'<mask>'" in note for note in info.notes)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

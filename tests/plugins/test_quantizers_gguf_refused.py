@@ -62,7 +62,7 @@ def test_a_head_of_another_kind(llama, tmp_path):
 
 def test_a_quantized_model(llama, tmp_path):
     source = edited(llama, tmp_path, quantization_config={"quant_method": "gptq", "bits": 4})
-    refuse(source, tmp_path, "is quantized already")
+    refuse(source, tmp_path, "is already quantised .gptq.")
 
 
 @pytest.mark.parametrize(
@@ -233,7 +233,9 @@ def test_weights_that_cannot_be_stored(value, match, tmp_path):
     model = model_of("llama", ROWS)
     with torch.no_grad():
         model.model.layers[2].mlp.down_proj.weight[0, 0] = value
-    refuse(save(model, byte_tokenizer(), tmp_path / "source"), tmp_path, rf"blk\.2\.ffn_down\.weight: .*{match}")
+    refuse(
+        save(model, byte_tokenizer(), tmp_path / "source"), tmp_path, rf"layers\.2\.mlp\.down_proj\.weight: .*{match}"
+    )
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])

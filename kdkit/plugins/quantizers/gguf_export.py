@@ -5,14 +5,14 @@ Format and block layouts: https://github.com/ggml-org/ggml/blob/master/docs/gguf
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kdkit.api import Example, QuantizedInfo, StageContext
@@ -21,7 +21,8 @@ from kdkit.models.files import staged
 from kdkit.models.gguf_import import require_gguf
 from kdkit.models.locate import check_directory
 from kdkit.models.pretrained import load_errors, quiet, read_config, read_model, read_tokenizer
-from kdkit.plugins.quantizers.gguf_export_model import Family, export_tensors, family_of, write_architecture
+from kdkit.models.quantized.form import refuse_quantized
+from kdkit.plugins.quantizers.gguf_export_model import Exported, Family, export_tensors, family_of, write_architecture
 from kdkit.plugins.quantizers.gguf_export_tokenizer import Vocabulary, read_vocabulary, write_vocabulary
 from kdkit.plugins.quantizers.gguf_plugin import GgufParams
 
@@ -40,12 +41,15 @@ _FILE_TYPES: Final = {"F16": "MOSTLY_F16", "Q8_0": "MOSTLY_Q8_0", "Q4_0": "MOSTL
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """A tensor of the file: its name, [out, in] shape, stored type and a function for its values."""
+    """A tensor and how it is stored."""
 
-    name: str
-    shape: tuple[int, ...]
+    tensor: Exported
     kind: GGMLQuantizationType
-    read: Callable[[], Tensor]
+
+    @property
+    def narrow(self) -> bool:
+        """Whether it is a matrix that blocks do not divide."""
+        return len(self.tensor.shape) > 1 and self.tensor.shape[-1] % BLOCK != 0
 
 
 class GgufQuantizer:
@@ -74,6 +78,7 @@ class GgufQuantizer:
         require_gguf()
         where = str(model_dir)
         check_directory(model_dir, where=where)
+        refuse_quantized(model_dir)
         config = read_config(model_dir)
         with load_errors(model_dir, "configuration"):
             family = family_of(config, where)
@@ -81,19 +86,23 @@ class GgufQuantizer:
         model = read_model(model_dir, dtype="auto")
         with load_errors(model_dir, "tokenizer"):
             vocabulary = _vocabulary(model, tokenizer, where)
-        for note in vocabulary.notes:
-            ctx.log(f"gguf: {note}")
         entries = _entries(model, family, self.params, where)
-        narrow = [entry.name for entry in entries if _fell_back(entry)]
+        notes = list(vocabulary.notes)
+        narrow = [entry.tensor.source for entry in entries if entry.narrow]
         if narrow and self.params.type != "F16":
-            ctx.log(f"gguf: {len(narrow)} matrices stay in F16, such as {narrow[0]}: no multiple of {BLOCK} wide")
+            notes.append(f"{len(narrow)} matrices stay in F16, such as {narrow[0]}: no multiple of {BLOCK} wide")
         with staged(out_dir) as directory:
             file = directory / f"model-{self.params.type}.gguf"
-            _write(file, model, family, vocabulary, entries, self.params, ctx)
+            errors = _write(file, model, family, vocabulary, entries, self.params, ctx)
             _write_companions(model, tokenizer, directory)
         size = (out_dir / file.name).stat().st_size
-        blocks = 0 if self.params.type == "F16" else BLOCK
-        return QuantizedInfo(bits=_BITS[self.params.type], group_size=blocks, bytes_on_disk=size)
+        return QuantizedInfo(
+            bits=_BITS[self.params.type],
+            group_size=1 if self.params.type == "F16" else BLOCK,
+            bytes_on_disk=size,
+            layer_errors=errors,
+            notes=notes,
+        )
 
 
 def _vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, where: str) -> Vocabulary:
@@ -108,18 +117,14 @@ def _entries(model: PreTrainedModel, family: Family, params: GgufParams, where: 
 
     tables = {"token_embd.weight", "output.weight"}
     entries = []
-    for name, shape, read in export_tensors(model, family, where):
-        kind: str = params.table if name in tables else params.type
-        if len(shape) == 1:
+    for tensor in export_tensors(model, family, where):
+        kind: str = params.table if tensor.name in tables else params.type
+        if len(tensor.shape) == 1:
             kind = "F32"
-        elif shape[-1] % BLOCK:
+        elif tensor.shape[-1] % BLOCK:
             kind = "F16"
-        entries.append(_Entry(name, shape, GGMLQuantizationType[kind], read))
+        entries.append(_Entry(tensor, GGMLQuantizationType[kind]))
     return entries
-
-
-def _fell_back(entry: _Entry) -> bool:
-    return len(entry.shape) > 1 and entry.shape[-1] % BLOCK != 0
 
 
 def _write(
@@ -130,10 +135,15 @@ def _write(
     entries: Sequence[_Entry],
     params: GgufParams,
     ctx: StageContext,
-) -> None:
-    """Write the file tensor by tensor, so that memory holds one of them beside the model."""
+) -> dict[str, float]:
+    """Write the file tensor by tensor, so that memory holds one of them beside the model.
+
+    Returns:
+        Name of each matrix to the square of what it lost, relative to the square of what it was.
+    """
     from gguf import GGUFWriter, LlamaFileType, quant_shape_to_byte_shape
 
+    errors: dict[str, float] = {}
     writer = GGUFWriter(file, family.arch)
     try:
         writer.add_type("model")
@@ -142,35 +152,49 @@ def _write(
         write_architecture(writer, model.config, family, len(vocabulary.tokens))
         write_vocabulary(writer, vocabulary)
         for entry in entries:
-            size = int(np.prod(quant_shape_to_byte_shape(entry.shape, entry.kind)))
-            writer.add_tensor_info(entry.name, entry.shape, np.dtype(np.float32), size, raw_dtype=entry.kind)
+            shape = entry.tensor.shape
+            size = int(np.prod(quant_shape_to_byte_shape(shape, entry.kind)))
+            writer.add_tensor_info(entry.tensor.name, shape, np.dtype(np.float32), size, raw_dtype=entry.kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for number, entry in enumerate(entries):
             if ctx.stopping():
                 raise Stopped("stopped while the GGUF file was written; it is made again from its start")
-            _write_tensor(writer, entry)
-            ctx.progress(number + 1, len(entries))
+            lost = _write_tensor(writer, entry)
+            if len(entry.tensor.shape) > 1:
+                errors[entry.tensor.source.removesuffix(".weight")] = lost
+            ctx.progress(number + 1, len(entries), error=lost)
     finally:
         writer.close()
+    return errors
 
 
-def _write_tensor(writer: GGUFWriter, entry: _Entry) -> None:
-    packed = [_pack(rows.float(), entry) for rows in entry.read().split(_ROWS)]
+def _write_tensor(writer: GGUFWriter, entry: _Entry) -> float:
+    """Write one tensor; returns its relative squared error."""
+    from gguf.quants import dequantize
+
+    packed, square, lost = [], 0.0, 0.0
+    for rows in entry.tensor.read().split(_ROWS):
+        values = np.ascontiguousarray(rows.float().numpy())
+        packed.append(_pack(values, entry))
+        square += float(np.square(values, dtype=np.float64).sum())
+        lost += float(np.square(dequantize(packed[-1], entry.kind) - values, dtype=np.float64).sum())
     writer.write_tensor_data(np.concatenate(packed))
+    return lost / square if square else 0.0
 
 
-def _pack(rows: Tensor, entry: _Entry) -> np.ndarray[Any, Any]:
+def _pack(values: np.ndarray[Any, Any], entry: _Entry) -> np.ndarray[Any, Any]:
     from gguf import GGMLQuantizationType
     from gguf.quants import quantize
 
-    if not bool(rows.isfinite().all()):
-        raise ModelError("has values that are not finite", where=entry.name)
+    largest = float(np.abs(values).max())
+    if not math.isfinite(largest):
+        raise ModelError("has values that are not finite", where=entry.tensor.source)
     # A scale of a block is stored in float16 too, so that the limit holds for the block types.
-    if entry.kind != GGMLQuantizationType.F32 and float(rows.abs().max()) > torch.finfo(torch.float16).max:
-        raise ModelError("has values too large for float16, which GGUF's types store", where=entry.name)
-    return np.asarray(quantize(np.ascontiguousarray(rows.numpy()), entry.kind))
+    if entry.kind != GGMLQuantizationType.F32 and largest > torch.finfo(torch.float16).max:
+        raise ModelError("has values too large for float16, which GGUF's types store", where=entry.tensor.source)
+    return np.asarray(quantize(values, entry.kind))
 
 
 def _write_companions(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:

@@ -19,7 +19,7 @@ from kdkit.api.errors import ModelError
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-__all__ = ["Family", "export_tensors", "family_of", "write_architecture"]
+__all__ = ["Exported", "Family", "export_tensors", "family_of", "write_architecture"]
 
 _GEMMA_27B: Final = {"gemma2": 46, "gemma3": 62}
 """The number of layers by which llama.cpp takes a model for the 27B one, whose attention scale differs."""
@@ -48,6 +48,23 @@ class Family:
     sliding: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """A tensor of the file.
+
+    Attributes:
+        name: Its name there.
+        source: Its name in the model.
+        shape: [out, in], or one size.
+        read: Its values, laid out as llama.cpp wants them.
+    """
+
+    name: str
+    source: str
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+
+
 _SILU: Final = frozenset({"silu", "swish"})
 _TANH: Final = frozenset({"gelu_pytorch_tanh"})
 _FAMILIES: Final[Mapping[str, Family]] = {
@@ -63,10 +80,8 @@ def family_of(config: PreTrainedConfig, where: str) -> Family:
     """How llama.cpp treats the architecture of ``config``.
 
     Raises:
-        ModelError: It is none of the supported ones, is quantized already, or has a setting that llama.cpp ignores.
+        ModelError: It is none of the supported ones, or has a setting that llama.cpp ignores.
     """
-    if getattr(config, "quantization_config", None) is not None:
-        raise ModelError("is quantized already", where=where, hint="export the model that it was made from")
     family = _FAMILIES.get(config.model_type)
     names = config.architectures or []
     if family is None or any(not name.endswith("ForCausalLM") for name in names):
@@ -191,10 +206,8 @@ def _write_rope(writer: GGUFWriter, config: PreTrainedConfig) -> None:
         writer.add_rope_freq_base_swa(ropes["sliding_attention"].get("rope_theta", 10000.0))
 
 
-def export_tensors(
-    model: PreTrainedModel, family: Family, where: str
-) -> Iterator[tuple[str, tuple[int, ...], Callable[[], Tensor]]]:
-    """Name, shape and a function for the values of every tensor of the file, in a fixed order.
+def export_tensors(model: PreTrainedModel, family: Family, where: str) -> Iterator[Exported]:
+    """Every tensor of the file, in a fixed order.
 
     Raises:
         ModelError: A weight has no place in llama.cpp's architecture.
@@ -209,10 +222,10 @@ def export_tensors(
         there = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if there is None:
             raise ModelError(f"the weight {name} has no place in GGUF's {family.arch}", where=where)
-        yield there, tuple(tensor.shape), _values(name, tensor, model.config, family)
+        yield Exported(there, name, tuple(tensor.shape), _values(name, tensor, model.config, family))
     factors = _llama3_factors(model.config)
     if factors is not None:
-        yield "rope_freqs.weight", tuple(factors.shape), lambda: factors
+        yield Exported("rope_freqs.weight", "rope", tuple(factors.shape), lambda: factors)
 
 
 def _values(name: str, tensor: Tensor, config: PreTrainedConfig, family: Family) -> Callable[[], Tensor]:
