@@ -128,7 +128,13 @@ def _sentencepiece(state: Mapping[str, Any], rows: int, common: Mapping[str, Any
     last = -float(len(ranks) + 1)
     scores = [-float(ranks[token]) if token in ranks else last for token in tokens]
     notes = [*notes, *_added_token_notes(state)]
-    kept = {"tokens": tokens, "types": types, "scores": scores, "add_space_prefix": prefix, "notes": notes}
+    kept: dict[str, Any] = {
+        "tokens": tokens,
+        "types": types,
+        "scores": scores,
+        "add_space_prefix": prefix,
+        "notes": notes,
+    }
     return Vocabulary(model="llama", pre="default", **kept, **common)
 
 
