@@ -9,7 +9,7 @@ import io
 from contextlib import redirect_stderr
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from transformers import (
@@ -25,6 +25,9 @@ from transformers import (
 from kdkit.api.errors import EnvironmentUnmet, ModelError
 from kdkit.models.files import staged
 from kdkit.models.pretrained import load_errors, quiet, write_pretrained
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
 
 __all__ = ["import_gguf", "import_gguf_into", "read_gguf", "require_gguf"]
 
@@ -69,12 +72,14 @@ def read_gguf(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model in the GGUF file ``source``, dequantised to float32, and its tokenizer.
 
     Raises:
-        ModelError: The file cannot be read as a causal language model.
+        ModelError: The file cannot be read as a causal language model, or has parts that transformers would drop.
         EnvironmentUnmet: The ``gguf`` package is missing.
     """
     require_gguf()
     if not source.is_file():
         raise ModelError("no such file", where=str(source), allowed="a .gguf file")
+    with load_errors(source, "GGUF file"):
+        _refuse_unread(source)
     # The progress bar of the dequantizer has no switch.
     with quiet(), redirect_stderr(io.StringIO()), load_errors(source, "GGUF file"):
         tokenizer = _tokenizer(source)
@@ -94,6 +99,31 @@ def read_gguf(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     model.generation_config = _generation_config(model.config, tokenizer)
     tokenizer.model_max_length = model.config.max_position_embeddings
     return model, tokenizer
+
+
+def _refuse_unread(source: Path) -> None:
+    """Refuse what transformers' reader leaves out without a word: the model would answer nonsense."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(source)
+    arch = _text(reader, "general.architecture")
+    names = {tensor.name for tensor in reader.tensors}
+    scaling = _text(reader, f"{arch}.rope.scaling.type")
+    dropped = None
+    if arch == "gemma":
+        dropped = "Gemma 1 at all"
+    elif scaling not in {None, "none"}:
+        dropped = f"rotary scaling ({scaling})"
+    elif "rope_freqs.weight" in names:
+        dropped = "scaled rotary frequencies (rope_freqs.weight)"
+    elif arch == "llama" and any(name.endswith(".bias") for name in names):
+        dropped = f"biases of llama ({min(name for name in names if name.endswith('.bias'))})"
+    if dropped:
+        raise ModelError(
+            f"transformers does not read {dropped} from GGUF",
+            where=str(source),
+            hint="take the model's safetensors, or put its own config.json and tokenizer beside the file",
+        )
 
 
 def _rebuild(packed: PreTrainedModel) -> PreTrainedModel:
@@ -158,5 +188,9 @@ def _metadata(source: Path, *keys: str) -> list[str | None]:
     from gguf import GGUFReader
 
     reader = GGUFReader(source)
-    fields = [reader.get_field(key) for key in keys]
-    return [None if field is None else str(field.contents()) for field in fields]
+    return [_text(reader, key) for key in keys]
+
+
+def _text(reader: GGUFReader, key: str) -> str | None:
+    field = reader.get_field(key)
+    return None if field is None else str(field.contents())

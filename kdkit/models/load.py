@@ -80,12 +80,9 @@ def _read(model: Model, dtype: torch.dtype) -> PreTrainedModel:
 
         return load_gptq(model.path, dtype=dtype, trust_remote_code=model.trust_remote_code)
     if model.format == "gguf":
-        from kdkit.models.gguf_import import read_gguf
+        from kdkit.models.gguf_directory import read_gguf_directory
 
-        files = sorted(model.path.glob("*.gguf"))
-        if len(files) != 1:
-            raise ModelError(f"has {len(files)} GGUF files", where=str(model.path), allowed="one")
-        return read_gguf(files[0])[0].to(dtype)
+        return read_gguf_directory(model.path, dtype=dtype)
     return read_model(model.path, dtype=dtype, trust_remote_code=model.trust_remote_code)
 
 

@@ -301,6 +301,7 @@ def test_what_is_written(sources, tmp_path):
     assert sorted(path.name for path in file.parent.iterdir()) == [
         "chat_template.jinja",
         "config.json",
+        "generation_config.json",
         "model-Q4_0.gguf",
         "tokenizer.json",
         "tokenizer_config.json",

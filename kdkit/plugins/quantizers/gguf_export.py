@@ -19,10 +19,10 @@ from kdkit.api import Example, QuantizedInfo, StageContext
 from kdkit.api.errors import ModelError, Stopped
 from kdkit.models.files import staged
 from kdkit.models.gguf_import import require_gguf
+from kdkit.models.gguf_layout import Exported, Family, export_tensors, family_of, write_architecture
 from kdkit.models.locate import check_directory
 from kdkit.models.pretrained import load_errors, quiet, read_config, read_model, read_tokenizer
 from kdkit.models.quantized.form import refuse_quantized
-from kdkit.plugins.quantizers.gguf_export_model import Exported, Family, export_tensors, family_of, write_architecture
 from kdkit.plugins.quantizers.gguf_export_tokenizer import Vocabulary, read_vocabulary, write_vocabulary
 from kdkit.plugins.quantizers.gguf_plugin import GgufParams
 
@@ -53,7 +53,7 @@ class _Entry:
 
 
 class GgufQuantizer:
-    """Writes ``model-TYPE.gguf``, config.json and the tokenizer's files."""
+    """Writes ``model-TYPE.gguf``, config.json, generation_config.json and the tokenizer's files."""
 
     def __init__(self, params: GgufParams) -> None:
         self.params = params
@@ -201,3 +201,4 @@ def _write_companions(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     with quiet():
         tokenizer.save_pretrained(directory)
         model.config.save_pretrained(directory)
+        model.generation_config.save_pretrained(directory)

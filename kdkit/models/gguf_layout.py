@@ -1,4 +1,4 @@
-"""What a GGUF file says about an architecture, and how llama.cpp names and lays out its weights.
+"""What a GGUF file says about an architecture, and how llama.cpp names and lays out its weights: there and back.
 
 llama.cpp computes each architecture its own way and takes only some numbers from the file. A configuration that it
 would compute differently is refused here, because nothing else would tell: the file loads and answers nonsense.
@@ -19,7 +19,7 @@ from kdkit.api.errors import ModelError
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-__all__ = ["Exported", "Family", "export_tensors", "family_of", "write_architecture"]
+__all__ = ["Exported", "Family", "export_tensors", "family_named", "family_of", "write_architecture"]
 
 _GEMMA_27B: Final = {"gemma2": 46, "gemma3": 62}
 """The number of layers by which llama.cpp takes a model for the 27B one, whose attention scale differs."""
@@ -57,12 +57,14 @@ class Exported:
         source: Its name in the model.
         shape: [out, in], or one size.
         read: Its values, laid out as llama.cpp wants them.
+        restore: The model's values from those of the file; None where the configuration says as much.
     """
 
     name: str
     source: str
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
+    restore: Callable[[Tensor], Tensor] | None
 
 
 _SILU: Final = frozenset({"silu", "swish"})
@@ -74,6 +76,11 @@ _FAMILIES: Final[Mapping[str, Family]] = {
     "gemma2": Family("gemma2", _TANH, norm_offset=1.0, tied=True, sliding=True),
     "gemma3_text": Family("gemma3", _TANH, norm_offset=1.0, sliding=True),
 }
+
+
+def family_named(model_type: str) -> Family | None:
+    """How llama.cpp treats the architecture that transformers calls ``model_type``; None when not known here."""
+    return _FAMILIES.get(model_type)
 
 
 def family_of(config: PreTrainedConfig, where: str) -> Family:
@@ -222,13 +229,13 @@ def export_tensors(model: PreTrainedModel, family: Family, where: str) -> Iterat
         there = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if there is None:
             raise ModelError(f"the weight {name} has no place in GGUF's {family.arch}", where=where)
-        yield Exported(there, name, tuple(tensor.shape), _values(name, tensor, model.config, family))
+        yield _exported(there, name, tensor, model.config, family)
     factors = _llama3_factors(model.config)
     if factors is not None:
-        yield Exported("rope_freqs.weight", "rope", tuple(factors.shape), lambda: factors)
+        yield Exported("rope_freqs.weight", "rope", tuple(factors.shape), lambda: factors, None)
 
 
-def _values(name: str, tensor: Tensor, config: PreTrainedConfig, family: Family) -> Callable[[], Tensor]:
+def _exported(there: str, name: str, tensor: Tensor, config: PreTrainedConfig, family: Family) -> Exported:
     heads = 0
     if family.interleaved and ".self_attn.q_proj." in name:
         heads = config.num_attention_heads
@@ -242,13 +249,22 @@ def _values(name: str, tensor: Tensor, config: PreTrainedConfig, family: Family)
             values = _interleave(values, heads)
         return values.float() + offset if offset else values
 
-    return read
+    def restore(values: Tensor) -> Tensor:
+        return _deinterleave(values, heads) if heads else values - offset
+
+    return Exported(there, name, tuple(tensor.shape), read, restore)
 
 
 def _interleave(values: Tensor, heads: int) -> Tensor:
     """Rows [heads * D, ...] of q or k with rotary partners i and i + D/2 moved next to each other, as 2i and 2i + 1."""
     halves = values.unflatten(0, (heads, 2, -1))
     return halves.transpose(1, 2).reshape(values.shape)
+
+
+def _deinterleave(values: Tensor, heads: int) -> Tensor:
+    """The inverse of :func:`_interleave`."""
+    pairs = values.unflatten(0, (heads, -1, 2))
+    return pairs.transpose(1, 2).reshape(values.shape)
 
 
 def _llama3_factors(config: PreTrainedConfig) -> Tensor | None:
