@@ -9,7 +9,7 @@ import yaml
 
 import kdkit
 from kdkit.recipe import load_recipe
-from kdkit.testing.tiny import save_tiny_model
+from kdkit.testing.tiny import save_tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
@@ -168,7 +168,20 @@ def test_minillm_has_the_answers_and_the_student_of_the_quickstart():
         assert repr(getattr(ours["fkl"].params, field)) == repr(getattr(ours["minillm"].params, field))
 
 
-def test_quantize_starts_from_the_quickstarts_student(tiny, tmp_path):
+def exportable(path: Path) -> Path:
+    """A tiny model whose tokenizer GGUF can hold: with a merge, and GPT-2's rule to split text."""
+    from tokenizers import pre_tokenizers
+    from tokenizers.models import BPE
+
+    tokenizer = tiny_tokenizer()
+    vocab = {char: index for index, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer.backend_tokenizer.model = BPE(vocab={**vocab, "Ġt": len(tokenizer)}, merges=[("Ġ", "t")])
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    return save_tiny_model(path, layers=4, vocab=len(tokenizer), tokenizer=tokenizer)
+
+
+def test_quantize_starts_from_the_quickstarts_student(tmp_path):
+    tiny = exportable(tmp_path / "tiny")
     small: dict = {
         "stages.answers.data.max_rows": 61,
         "stages.answers.sampling": {"do_sample": True, "max_new_tokens": 300},

@@ -21,6 +21,7 @@ __all__ = [
     "decoding_lines",
     "direction_line",
     "gap_table",
+    "has_kernels",
     "legend",
     "limits",
     "models_table",
@@ -197,12 +198,20 @@ def _mean_percent(errors: Mapping[str, float | None]) -> str:
 def speed_table(report: Report) -> Table | None:
     """Speed and memory while evaluating; None when nothing was measured."""
     keys = [key for key in _SPEED if any(model["speed"].get(key) is not None for model in report["models"].values())]
-    rows = tuple(
-        (name, *(_SPEED[key][1](model["speed"].get(key)) for key in keys), model.get("kernel") or MISSING)
-        for name, model in report["models"].items()
-    )
-    header = ("model", *(_SPEED[key][0] for key in keys), "kernel")
-    return Table("Speed", header, rows, text_columns=(0, len(header) - 1)) if keys else None
+    models = report["models"].items()
+    rows = [(name, *(_SPEED[key][1](model["speed"].get(key)) for key in keys)) for name, model in models]
+    header = ("model", *(_SPEED[key][0] for key in keys))
+    if not keys:
+        return None
+    if not has_kernels(report):
+        return Table("Speed", header, tuple(rows))
+    named = tuple((*row, model.get("kernel") or MISSING) for row, (_, model) in zip(rows, models, strict=True))
+    return Table("Speed", (*header, "kernel"), named, text_columns=(0, len(header)))
+
+
+def has_kernels(report: Report) -> bool:
+    """Whether it is known what computed the answers; reports of earlier versions do not say."""
+    return any(model.get("kernel") for model in report["models"].values())
 
 
 def answers_table(report: Report) -> Table | None:

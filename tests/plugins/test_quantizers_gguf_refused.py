@@ -70,7 +70,7 @@ def test_a_quantized_model(llama, tmp_path):
     [
         ({"hidden_act": "gelu"}, "the activation 'gelu'; allowed: silu or swish"),
         ({"rms_norm_eps": 1e300}, "rms_norm_eps 1e.300; allowed: a positive number"),
-        ({"head_dim": 31}, "head_dim 31; allowed: an even number"),
+        ({"head_dim": 31}, "head_dim 31; allowed: an even number|validate_rope"),  # transformers may be the first
         ({"max_position_embeddings": -5}, "max_position_embeddings -5"),
         (
             {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},

@@ -120,9 +120,11 @@ class QuantizerConformance:
     def quantized(self, source: Path, work: Path, **changes: Any) -> tuple[Path, QuantizedInfo]:
         """Quantise ``source`` with a context of its own below ``work``; the directory, and what is said of it."""
         ctx = _context(work, **changes)
-        out = ctx.out / "model"
+        return ctx.out / "model", self._with(ctx, source)
+
+    def _with(self, ctx: PretendContext, source: Path) -> QuantizedInfo:
         rows = [Example(id=str(i), prompt=f"{_MARK} {i} " * 8, completion=f"{_MARK} {i} " * 24) for i in range(16)]
-        return out, self.build().quantize(source, rows if self.calibrated else [], out, ctx)
+        return self.build().quantize(source, rows if self.calibrated else [], ctx.out / "model", ctx)
 
     def test_what_it_writes_loads_and_is_the_same_model(self, source: Path, tmp_path: Path) -> None:
         """Logits are near the original's, and the tokenizer is the same."""
@@ -163,8 +165,8 @@ class QuantizerConformance:
     def test_rows_of_calibration_stay_out(self, source: Path, tmp_path: Path) -> None:
         """No text that the quantizer looked at is in what it writes or says."""
         ctx = _context(tmp_path / "work")
-        out, info = self.quantized(source, tmp_path / "work")
-        found = _mentioning(_MARK.encode(), out)
+        info = self._with(ctx, source)
+        found = _mentioning(_MARK.encode(), ctx.out / "model")
         if found or any(_MARK in line for line in (*ctx.lines, *info.notes)):
             raise ConformanceError(f"text of calibration is in {found or 'what it says'}")
 
