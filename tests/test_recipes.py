@@ -203,7 +203,7 @@ def test_quantize_starts_from_the_quickstarts_student(tmp_path):
         facts = models[name]["quantization"]
         assert (facts["quantizer"], facts["bits"], facts["group_size"]) == (quantizer, 4, 32)
         assert models[name]["bytes"] < models["kd"]["bytes"]
-        assert models[name]["kernel"] == "torch float32 on cpu, dequantised"
+        assert models[name]["kernel"].endswith("on cpu, dequantised")
         assert models[name]["speed"]["load_seconds"] > 0
     errors = [models[name]["quantization"]["layer_errors"] for name in ("gptq-rollouts", "gptq-answers")]
     assert errors[0] != errors[1], "two calibrations, two results"

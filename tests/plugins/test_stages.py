@@ -150,7 +150,7 @@ def test_evaluate_and_report_have_the_contract_fields(tmp_path, models):
     assert student["counts"]["jsonl"]["n"] == n
     speeds = ("generated_tokens_per_s", "prefill_tokens_per_s", "load_seconds")
     assert all(student["speed"][name] > 0 for name in speeds)
-    assert student["kernel"] == "torch float32 on cpu"
+    assert student["kernel"].startswith("torch ")
     assert student["quantization"] is None
 
 

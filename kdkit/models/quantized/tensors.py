@@ -43,20 +43,17 @@ class StoredTensors:
     """
 
     def __init__(self, path: Path) -> None:
-        self._stack = ExitStack()
         self._files: dict[str, tuple[Path, Any]] = {}
-        try:
+        with ExitStack() as stack:
             for file in sorted(path.glob("*.safetensors")):
-                self._open(file)
-        except BaseException:
-            self._stack.close()
-            raise
-        if not self._files:
-            raise ModelError("has no tensors in safetensors files", where=str(path))
+                self._open(file, stack)
+            if not self._files:
+                raise ModelError("has no tensors in safetensors files", where=str(path))
+            self._stack = stack.pop_all()
 
-    def _open(self, file: Path) -> None:
+    def _open(self, file: Path, stack: ExitStack) -> None:
         try:
-            opened = self._stack.enter_context(safe_open(file, framework="pt"))
+            opened = stack.enter_context(safe_open(file, framework="pt"))
         except (OSError, SafetensorError) as error:
             raise ModelError(f"cannot be read: {_line(error)}", where=str(file)) from error
         for name in opened.keys():  # noqa: SIM118 (not a mapping)
