@@ -35,7 +35,7 @@ class Subject:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     encoder: ChatEncoder
-    load_seconds: float
+    load_seconds: float | None = None
 
 
 def load_subject(name: str, artifact: Model, params: EvaluateParams, ctx: StageContext) -> Subject:
