@@ -20,6 +20,7 @@ from kdkit.models.quantized.linear import round_to_nearest
 from kdkit.plugins.quantizers import gptq
 from kdkit.plugins.quantizers.gptq import GptqQuantizer, calibration_rows
 from kdkit.plugins.quantizers.gptq_plugin import GPTQ, GptqParams
+from kdkit.testing.conformance import QuantizerConformance
 from kdkit.testing.tiny import save_tiny_model, tiny_tokenizer
 
 SECRET = "The password of the safe is swordfish"
@@ -208,3 +209,20 @@ def test_parameters_that_no_reader_takes_are_refused():
     for params in ({"bits": 3}, {"target": "auto-gptq", "sym": False}, {"backend": "auto-gptq", "sym": False}):
         with pytest.raises(ValidationError):
             GptqParams(**params)
+
+
+# --- what every quantizer has to fulfil -------------------------------------------------------------------------------
+
+
+class TestGptq(QuantizerConformance):
+    calibrated = True
+
+    def build(self):
+        return GptqQuantizer(GptqParams())
+
+
+class TestAsymmetric(QuantizerConformance):
+    calibrated = True
+
+    def build(self):
+        return GptqQuantizer(GptqParams(sym=False, bits=8, desc_act=False))
