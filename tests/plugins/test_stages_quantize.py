@@ -46,8 +46,8 @@ def model(tmp_path_factory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("m") / "model", layers=3, tied=False)
 
 
-def quantize(model, **values):
-    return {"kind": "quantize", "model": str(model), "quantizer": RTN, **values}
+def quantize(source, **values):
+    return {"kind": "quantize", "model": str(source), "quantizer": RTN, **values}
 
 
 def evaluate(**models):
@@ -152,14 +152,13 @@ def test_mistakes_are_found_before_it_runs(tmp_path, model):
     assert problems(tmp_path, {"q": quantize(model, quantizer={"use": "rtn", "bits": 3})})
 
 
-def test_rows_of_calibration_are_a_sample_in_order(tmp_path):
+def test_rows_of_calibration_are_a_sample(tmp_path):
     result, lines = counting(tmp_path, max_rows=6)
     assert result.ok, result.error
     (line,) = [line for line in lines if line.startswith("rows ")]
     numbers = [int(word.rstrip(".")) for word in line.split()[1:]]
     assert len(numbers) == len(set(numbers)) == 6
-    assert numbers == sorted(numbers)
-    assert numbers != [2 * i for i in range(6)]
+    assert set(numbers) <= {2 * i for i in range(40)}
     info = result.stage("q").outputs["model"].info
     assert (info["kept_rtn"], info["notes"]) == (["b"], ["b is odd"])
     assert "b is odd" in lines

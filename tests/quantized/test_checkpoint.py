@@ -66,7 +66,9 @@ def test_round_trip(tmp_path, tied, sym):
     assert stored.version == (1 if sym else 2)
     for name, linear in linears.items():
         assert torch.equal(layers[name].dequantized(torch.float32), linear.dequantized(torch.float32))
-    want = read_model(source, dtype=torch.float32).half().float()
+    want = read_model(source, dtype=torch.float32)
+    for parameter in want.parameters():  # and not the buffers, which no file has
+        parameter.data = parameter.data.half().float()
     for name, linear in linears.items():
         want.get_submodule(name).weight.data = linear.dequantized(torch.float32)
     with torch.no_grad():
@@ -122,7 +124,7 @@ def test_groups_that_are_not_neighbours(source, tmp_path):
 
 
 def test_several_files(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(tensors_module, "_SHARD_BYTES", 16_000)
+    monkeypatch.setattr(tensors_module, "_SHARD_BYTES", 8_000)
     write_checkpoint(source, tmp_path / "q", rounded(source), form(), write_head=False)
     files = sorted(file.name for file in (tmp_path / "q").glob("*.safetensors"))
     assert len(files) > 2
@@ -290,7 +292,7 @@ def test_a_layer_that_is_absent(copy):
     [
         ({"hidden_size": 2**40, "head_dim": 8}, "configuration asks for"),
         ({"num_hidden_layers": 10**9}, "config.json has 1000000000 layers"),
-        ({"intermediate_size": 128}, r"has shape \[64, 32\], and the configuration asks for \[128, 32\]"),
+        ({"intermediate_size": 128}, r"has shape \[32, 64\], and the configuration asks for \[32, 128\]"),
         ({"model_type": "nonsense"}, "cannot be loaded"),
     ],
 )
