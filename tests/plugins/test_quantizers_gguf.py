@@ -13,6 +13,7 @@ from kdkit.models.gguf_import import import_gguf
 from kdkit.models.pretrained import quiet
 from kdkit.plugins.quantizers.gguf_export_splits import split_rule
 from kdkit.plugins.quantizers.gguf_plugin import GGUF, GgufParams
+from kdkit.testing.conformance import QuantizerConformance
 
 ROWS = 420
 IDS = torch.arange(3, 35).unsqueeze(0)
@@ -59,6 +60,17 @@ def halved(model):
         {name: value.half().float() if value.dim() > 1 else value for name, value in model.state_dict().items()}
     )
     return model
+
+
+class TestQ8(QuantizerConformance):
+    tolerance = 0.1
+
+    @pytest.fixture
+    def source(self, tmp_path):
+        return save(model_of("llama", ROWS), tokenizer_for("llama"), tmp_path / "source")
+
+    def build(self):
+        return GGUF.build(GgufParams())
 
 
 # --- weights ----------------------------------------------------------------------------------------------------------

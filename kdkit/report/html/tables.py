@@ -242,7 +242,7 @@ def sizes_grid(report: Report, history: History) -> Grid:
     """Origin, size, training and speed of every model."""
     models = report["models"]
     shown = [key for key in _SPEEDS if any(model["speed"].get(key) is not None for model in models.values())]
-    header = [Cell("model"), Cell("parameters"), Cell("on disk"), Cell("trained tokens"), Cell("training time")]
+    header = [Cell("model"), Cell("parameters"), Cell("on disk"), Cell("trained tokens"), Cell("made in")]
     header += [Cell(_SPEEDS[key][0]) for key in shown]
     named = bool(shown) and views.has_kernels(report)
     header += [Cell("kernel")] if named else []
