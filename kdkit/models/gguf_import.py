@@ -93,6 +93,8 @@ def read_gguf(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
             trust_remote_code=False,
             output_loading_info=True,
         )
+    with load_errors(source, "GGUF file"):
+        _refuse_defaults(packed.config, source)
     if info["missing_keys"]:
         raise ModelError(f"the GGUF file lacks {sorted(info['missing_keys'])[0]}", where=str(source))
     model = _rebuild(packed)
@@ -119,11 +121,37 @@ def _refuse_unread(source: Path) -> None:
     elif arch == "llama" and any(name.endswith(".bias") for name in names):
         dropped = f"biases of llama ({min(name for name in names if name.endswith('.bias'))})"
     if dropped:
-        raise ModelError(
-            f"transformers does not read {dropped} from GGUF",
-            where=str(source),
-            hint="take the model's safetensors, or put its own config.json and tokenizer beside the file",
-        )
+        raise _unread(dropped, source)
+
+
+def _unread(what: str, source: Path) -> ModelError:
+    hint = "take the model's safetensors, or put its own config.json and tokenizer beside the file"
+    return ModelError(f"transformers does not read {what} from GGUF", where=str(source), hint=hint)
+
+
+def _refuse_defaults(config: PreTrainedConfig, source: Path) -> None:
+    """Refuse a file with settings of Gemma 2 and 3 other than the defaults, which transformers takes in their place."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(source)
+    arch = _text(reader, "general.architecture")
+    ropes = getattr(config, "rope_parameters", None) or {}
+    taken = {
+        "attn_logit_softcapping": getattr(config, "attn_logit_softcapping", None),
+        "final_logit_softcapping": getattr(config, "final_logit_softcapping", None),
+        "rope.freq_base_swa": (ropes.get("sliding_attention") or {}).get("rope_theta"),
+        "attention.sliding_window_pattern": [
+            kind == "sliding_attention" for kind in getattr(config, "layer_types", None) or ()
+        ],
+    }
+    for name, value in taken.items():
+        field = reader.get_field(f"{arch}.{name}")
+        stored = None if field is None else field.contents()
+        if isinstance(stored, list):
+            stored = [bool(item) for item in stored]
+        # A count instead of a list says "one in so many", as the architecture has it by default.
+        if stored is not None and not (isinstance(value, list) and not isinstance(stored, list)) and stored != value:
+            raise _unread(f"{arch}.{name}", source)
 
 
 def _rebuild(packed: PreTrainedModel) -> PreTrainedModel:

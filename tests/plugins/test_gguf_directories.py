@@ -26,6 +26,10 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
 }
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+TURNING = {
+    "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 5e3},
+}
 MODELS = {
     "llama": ("llama", {}),
     "llama tied": ("llama", {"tie_word_embeddings": True}),
@@ -36,12 +40,20 @@ MODELS = {
     "gemma": ("gemma", {}),
     "gemma2": ("gemma2", {}),
     "gemma3": ("gemma3_text", {}),
+    "gemma3 pruned": ("gemma3_text", {"layer_types": ["full_attention", *["sliding_attention"] * 2]}),
+    "gemma3 capped": ("gemma3_text", {"final_logit_softcapping": 20.0}),
+    "gemma3 turning": ("gemma3_text", {"rope_parameters": TURNING}),
+    "gemma2 capped": ("gemma2", {"attn_logit_softcapping": 20.0}),
 }
 LOSSY = {
     "llama with biases": r"biases of llama \(blk.0.attn_k.bias\)",
     "llama 3": "scaled rotary frequencies",
     "linear": r"rotary scaling \(linear\)",
     "gemma": "Gemma 1",
+    "gemma3 pruned": "gemma3.attention.sliding_window_pattern",
+    "gemma3 capped": "gemma3.final_logit_softcapping",
+    "gemma3 turning": "gemma3.rope.freq_base_swa",
+    "gemma2 capped": "gemma2.attn_logit_softcapping",
 }
 
 
@@ -77,6 +89,14 @@ def test_what_was_exported_is_what_is_loaded(name, exported):
     assert not loaded.training
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
     assert len(load_tokenizer(artifact)) > 0
+
+
+@pytest.mark.parametrize("name", ["llama", "llama tied", "qwen2", "gemma2", "gemma3"])
+def test_a_lone_file_of_which_nothing_is_dropped_is_read(name, exported):
+    _, directory = exported(name)
+    (file,) = directory.glob("*.gguf")
+    model = load_model(Model(path=directory, format="gguf"), dtype=torch.float32)
+    torch.testing.assert_close(read_gguf(file)[0](IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", LOSSY)
