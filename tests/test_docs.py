@@ -82,6 +82,7 @@ def literals(annotation: object) -> tuple[object, ...]:
 
 
 LOGGED = {
+    "gptq": [],
     "minillm": ["policy/rollouts.py"],
     "grpo": ["policy/rollouts.py", "policy/grpo.py", "policy/buffer.py", "rewards.py", "loop.py"],
 }

@@ -9,7 +9,7 @@ import yaml
 
 import kdkit
 from kdkit.recipe import load_recipe
-from kdkit.testing.tiny import save_tiny_model
+from kdkit.testing.tiny import save_tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
@@ -165,6 +165,67 @@ def test_minillm_has_the_answers_and_the_student_of_the_quickstart():
     }
     for field in fields:
         assert repr(getattr(ours["fkl"].params, field)) == repr(getattr(ours["minillm"].params, field))
+
+
+def exportable(path: Path) -> Path:
+    """A tiny model whose tokenizer GGUF can hold: with a merge, and GPT-2's rule to split text."""
+    from tokenizers import pre_tokenizers
+    from tokenizers.models import BPE
+
+    tokenizer = tiny_tokenizer()
+    vocab = {char: index for index, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer.backend_tokenizer.model = BPE(vocab={**vocab, "Ġt": len(tokenizer)}, merges=[("Ġ", "t")])
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    return save_tiny_model(path, layers=4, vocab=len(tokenizer), tokenizer=tokenizer)
+
+
+def test_quantize_starts_from_the_quickstarts_student(tmp_path):
+    tiny = exportable(tmp_path / "tiny")
+    small: dict = {
+        "stages.answers.data.max_rows": 61,
+        "stages.answers.sampling": {"do_sample": True, "max_new_tokens": 300},
+        "stages.rollouts.sampling": {"do_sample": True, "max_new_tokens": 40},
+        "stages.eval.sampling.max_new_tokens": 8,
+        "stages.eval.data.test_fraction": 0.4,
+        "stages.kd.max_length": 2000,
+        "stages.kd.max_steps": 2,
+        "stages.gptq-rollouts.max_rows": 6,
+        "stages.gptq-answers.max_rows": 6,
+    }
+    var = {"teacher": str(tiny), "student": {"from": str(tiny), "keep_layers": 2}}
+    result = kdkit.run(ROOT / "recipes" / "quantize.yaml", set=small, var=var, out=tmp_path)
+    assert result.ok, result.error
+    models = result.report["models"]
+    quantizers = {"rtn": "rtn", "gptq-rollouts": "gptq", "gptq-answers": "gptq", "gguf": "gguf"}
+    assert list(models) == ["kd", *quantizers, "teacher"]
+    for name, quantizer in quantizers.items():
+        facts = models[name]["quantization"]
+        assert (facts["quantizer"], facts["bits"], facts["group_size"]) == (quantizer, 4, 32)
+        assert models[name]["bytes"] < models["kd"]["bytes"]
+        assert models[name]["kernel"].endswith("on cpu, dequantised")
+        assert models[name]["speed"]["load_seconds"] > 0
+    errors = [models[name]["quantization"]["layer_errors"] for name in ("gptq-rollouts", "gptq-answers")]
+    assert errors[0] != errors[1], "two calibrations, two results"
+    assert len(errors[0]) == 2 * 7
+    assert models["gptq-answers"]["quantization"]["rtn_errors"].keys() == errors[1].keys()
+    assert models["kd"]["quantization"] is models["teacher"]["quantization"] is None
+    compared = {(row["a"], row["b"]) for row in result.report["pairs"]}
+    assert {(name, "kd") for name in quantizers} <= compared
+    page = (result.run_dir / "report.html").read_text(encoding="utf-8")
+    assert page.count("Lost output by layer of gptq-") == 2
+    assert page.count("Lost weight by layer of ") == 2
+    again = kdkit.run(ROOT / "recipes" / "quantize.yaml", set=small, var=var, out=tmp_path)
+    events = [json.loads(line) for line in (again.run_dir / "events.jsonl").read_text().splitlines()]
+    assert not [event for event in events if event["type"] == "stage-started"]
+    assert again.report == result.report
+
+
+def test_quantize_has_the_answers_and_the_student_of_the_quickstart():
+    ours, quickstart = (load_recipe(ROOT / "recipes" / f"{name}.yaml").stages for name in ("quantize", "quickstart"))
+    for stage in ("answers", "kd"):
+        assert repr(ours[stage].params) == repr(quickstart[stage].params)
+    first, second = (ours[f"gptq-{name}"].params for name in ("rollouts", "answers"))
+    assert repr(first.quantizer) == repr(second.quantizer)
 
 
 def small_paper(recipe: Path, tiny: Path, source: Path, tmp_path: Path) -> dict:

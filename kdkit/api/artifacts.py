@@ -42,7 +42,8 @@ class Model(Artifact):
     """A ``save_pretrained`` directory with its tokenizer.
 
     Attributes:
-        format: ``full`` loads with plain transformers.
+        format: ``full`` loads with plain transformers; ``gptq`` and ``gguf`` are quantised, and
+            kdkit dequantises them when it loads them.
         keep_layers: Drop all other decoder layers when the model is loaded; None keeps every layer.
         trust_remote_code: Run the model's own Python code; only ever true when the recipe says so for this model.
         name: How the recipe wrote it (a Hub id, a path, a stage); for reports.

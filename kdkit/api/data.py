@@ -347,9 +347,23 @@ class RewardScore:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizedInfo:
-    """What a quantizer made: bits, group size, bytes on disk and per-layer error figures."""
+    """What a quantizer made.
+
+    Attributes:
+        bits: Of a weight.
+        group_size: Weights that share a scale; -1 is a whole row.
+        bytes_on_disk: Of the weight files.
+        layer_errors: Relative squared error by layer, of its outputs on the rows of calibration, or of its weights
+            where there are none.
+        rtn_errors: The same figures for rounding to nearest, where that was computed.
+        kept_rtn: Layers that are rounded to nearest because that was better.
+        notes: What the person who runs the recipe should know, one line each; never text of calibration.
+    """
 
     bits: int
     group_size: int
     bytes_on_disk: int
     layer_errors: Mapping[str, float] = field(default_factory=dict)
+    rtn_errors: Mapping[str, float] = field(default_factory=dict)
+    kept_rtn: Sequence[str] = ()
+    notes: Sequence[str] = ()

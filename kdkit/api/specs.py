@@ -134,10 +134,15 @@ class TeacherSpec(Spec[P]):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizerSpec(Spec[P]):
-    """A quantizer."""
+    """A quantizer.
+
+    Attributes:
+        needs_calibration: It looks at rows of data; without, a recipe that gives some is refused.
+    """
 
     kind: ClassVar[str] = "quantizer"
     build: Callable[[P], Quantizer]
+    needs_calibration: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,6 +21,7 @@ from kdkit.host.records import BUILT_IN
 from kdkit.models.catalogue import KNOWN, models_dir
 from kdkit.models.hub import is_offline
 from kdkit.models.locate import pulled
+from kdkit.plugins.quantizers.backends.environment import states
 
 __all__ = ["doctor"]
 
@@ -44,7 +45,7 @@ def doctor(*, as_json: bool) -> int:
     Returns:
         0, or 4 when something that every run needs is missing.
     """
-    checks = [*_software(), *_hardware(), _store(), *_models(), *_plugins(), *_sandbox()]
+    checks = [*_software(), *_hardware(), _store(), *_models(), *_backends(), *_plugins(), *_sandbox()]
     if as_json:
         emit_json({"checks": [asdict(check) for check in checks]})
     else:
@@ -91,6 +92,12 @@ def _models() -> Iterator[Check]:
             yield Check("model", "note", f"{name} is not in {_short(models_dir())}", f"kdkit models pull {name}")
         else:
             yield Check("model", "ok", f"{name} in {_short(directory)}")
+
+
+def _backends() -> Iterator[Check]:
+    """What the quantizer gptq can work with besides its own code."""
+    for name, state in states().items():
+        yield Check("gptq", "ok" if state.usable else "note", f"backend {name}: {state.found}", state.hint)
 
 
 def _plugins() -> Iterator[Check]:

@@ -84,11 +84,11 @@ def _model(written: str) -> Model:
         found = artifact_at(Ref(Model, literal), locate(literal, base_dir=Path.cwd(), offline=False))
         assert isinstance(found, Model)
         model = found
-    if model.format != "full":
+    if model.format == "adapter":
         raise ModelError(
             f"a model of format {model.format!r} cannot be loaded here",
             where=written,
-            allowed="a full save_pretrained directory",
+            allowed="a full save_pretrained directory, a GPTQ checkpoint or a GGUF file",
         )
     return model
 

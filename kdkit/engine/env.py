@@ -23,11 +23,13 @@ _PACKAGES: Final = (
     "numpy",
     "pydantic",
     "gptqmodel",
+    "optimum",
 )
 _VARIABLES: Final = (
     "CUDA_VISIBLE_DEVICES",
     "HF_DATASETS_OFFLINE",
     "HF_HUB_OFFLINE",
+    "KDKIT_AUTO_GPTQ_PYTHON",
     "KDKIT_DISABLE_PLUGINS",
     "KDKIT_MODELS",
     "KDKIT_STORE",

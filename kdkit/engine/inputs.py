@@ -11,11 +11,10 @@ from typing import Any, Final
 from kdkit.api.artifacts import Artifact, Dataset, Model
 from kdkit.api.errors import DataError
 from kdkit.api.slots import Ref
-from kdkit.engine.files import read_json
 from kdkit.engine.hashing import HashMemo, hash_tree
 from kdkit.engine.hub_data import dataset_commit, dataset_snapshot
 from kdkit.models.hub import is_offline
-from kdkit.models.locate import fingerprint, locate
+from kdkit.models.locate import fingerprint, locate, model_format
 
 __all__ = ["Inputs", "Located", "artifact_at", "is_hub_id"]
 
@@ -133,19 +132,10 @@ def artifact_at(ref: Ref[Any], path: Path) -> Artifact:
     if issubclass(ref.artifact, Model):
         return Model(
             path=path,
-            format=_model_format(path),
+            format=model_format(path),
             keep_layers=ref.options.keep_layers,
             trust_remote_code=ref.options.trust_remote_code,
             name=str(ref.source),
         )
     artifact: Artifact = ref.artifact(path=path)
     return artifact
-
-
-def _model_format(path: Path) -> Any:
-    """``gptq`` when the model's own configuration says so, else ``full``."""
-    try:
-        quantization = read_json(path / "config.json").get("quantization_config") or {}
-    except (OSError, ValueError, AttributeError):
-        return "full"
-    return "gptq" if isinstance(quantization, dict) and quantization.get("quant_method") == "gptq" else "full"

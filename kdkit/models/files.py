@@ -31,7 +31,8 @@ def write_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in _FULL:
+        # numpy has no errno, only "28560 requested and 5920 written".
+        if error.errno in _FULL or (error.errno is None and str(error).endswith(" written")):
             raise _full(path) from error
         if error.errno in _FORBIDDEN:
             where = str(error.filename or path)

@@ -9,7 +9,7 @@ import io
 from contextlib import redirect_stderr
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from transformers import (
@@ -26,7 +26,10 @@ from kdkit.api.errors import EnvironmentUnmet, ModelError
 from kdkit.models.files import staged
 from kdkit.models.pretrained import load_errors, quiet, write_pretrained
 
-__all__ = ["import_gguf", "import_gguf_into", "require_gguf"]
+if TYPE_CHECKING:
+    from gguf import GGUFReader
+
+__all__ = ["import_gguf", "import_gguf_into", "read_gguf", "require_gguf"]
 
 _DIGITS_APART: Final = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"})
 """llama.cpp's names of the splitting rule "each digit alone, then GPT-2's rule"."""
@@ -61,9 +64,22 @@ def import_gguf(source: Path, dest: Path) -> None:
 
 def import_gguf_into(source: Path, directory: Path) -> None:
     """:func:`import_gguf` for a directory that the caller makes, syncs and guards (``files.staged``)."""
+    model, tokenizer = read_gguf(source)
+    write_pretrained(model, tokenizer, directory, dtype=torch.bfloat16)
+
+
+def read_gguf(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model in the GGUF file ``source``, dequantised to float32, and its tokenizer.
+
+    Raises:
+        ModelError: The file cannot be read as a causal language model, or has parts that transformers would drop.
+        EnvironmentUnmet: The ``gguf`` package is missing.
+    """
     require_gguf()
     if not source.is_file():
         raise ModelError("no such file", where=str(source), allowed="a .gguf file")
+    with load_errors(source, "GGUF file"):
+        _refuse_unread(source)
     # The progress bar of the dequantizer has no switch.
     with quiet(), redirect_stderr(io.StringIO()), load_errors(source, "GGUF file"):
         tokenizer = _tokenizer(source)
@@ -77,12 +93,65 @@ def import_gguf_into(source: Path, directory: Path) -> None:
             trust_remote_code=False,
             output_loading_info=True,
         )
+    with load_errors(source, "GGUF file"):
+        _refuse_defaults(packed.config, source)
     if info["missing_keys"]:
         raise ModelError(f"the GGUF file lacks {sorted(info['missing_keys'])[0]}", where=str(source))
     model = _rebuild(packed)
     model.generation_config = _generation_config(model.config, tokenizer)
     tokenizer.model_max_length = model.config.max_position_embeddings
-    write_pretrained(model, tokenizer, directory, dtype=torch.bfloat16)
+    return model, tokenizer
+
+
+def _refuse_unread(source: Path) -> None:
+    """Refuse what transformers' reader leaves out without a word: the model would answer nonsense."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(source)
+    arch = _text(reader, "general.architecture")
+    names = {tensor.name for tensor in reader.tensors}
+    scaling = _text(reader, f"{arch}.rope.scaling.type")
+    dropped = None
+    if arch == "gemma":
+        dropped = "Gemma 1 at all"
+    elif scaling not in {None, "none"}:
+        dropped = f"rotary scaling ({scaling})"
+    elif "rope_freqs.weight" in names:
+        dropped = "scaled rotary frequencies (rope_freqs.weight)"
+    elif arch == "llama" and any(name.endswith(".bias") for name in names):
+        dropped = f"biases of llama ({min(name for name in names if name.endswith('.bias'))})"
+    if dropped:
+        raise _unread(dropped, source)
+
+
+def _unread(what: str, source: Path) -> ModelError:
+    hint = "take the model's safetensors, or put its own config.json and tokenizer beside the file"
+    return ModelError(f"transformers does not read {what} from GGUF", where=str(source), hint=hint)
+
+
+def _refuse_defaults(config: PreTrainedConfig, source: Path) -> None:
+    """Refuse a file with settings of Gemma 2 and 3 other than the defaults, which transformers takes in their place."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(source)
+    arch = _text(reader, "general.architecture")
+    ropes = getattr(config, "rope_parameters", None) or {}
+    taken = {
+        "attn_logit_softcapping": getattr(config, "attn_logit_softcapping", None),
+        "final_logit_softcapping": getattr(config, "final_logit_softcapping", None),
+        "rope.freq_base_swa": (ropes.get("sliding_attention") or {}).get("rope_theta"),
+        "attention.sliding_window_pattern": [
+            kind == "sliding_attention" for kind in getattr(config, "layer_types", None) or ()
+        ],
+    }
+    for name, value in taken.items():
+        field = reader.get_field(f"{arch}.{name}")
+        stored = None if field is None else field.contents()
+        if isinstance(stored, list):
+            stored = [bool(item) for item in stored]
+        # A count instead of a list says "one in so many", as the architecture has it by default.
+        if stored is not None and not (isinstance(value, list) and not isinstance(stored, list)) and stored != value:
+            raise _unread(f"{arch}.{name}", source)
 
 
 def _rebuild(packed: PreTrainedModel) -> PreTrainedModel:
@@ -147,5 +216,9 @@ def _metadata(source: Path, *keys: str) -> list[str | None]:
     from gguf import GGUFReader
 
     reader = GGUFReader(source)
-    fields = [reader.get_field(key) for key in keys]
-    return [None if field is None else str(field.contents()) for field in fields]
+    return [_text(reader, key) for key in keys]
+
+
+def _text(reader: GGUFReader, key: str) -> str | None:
+    field = reader.get_field(key)
+    return None if field is None else str(field.contents())

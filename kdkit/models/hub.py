@@ -14,6 +14,7 @@ __all__ = ["ADD_ONS", "MODEL_FILES", "NotOnHubError", "is_offline", "snapshot"]
 MODEL_FILES: Final = (
     "config.json",
     "generation_config.json",
+    "quantize_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",

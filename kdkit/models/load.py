@@ -47,29 +47,43 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
 def load_model(model: Model, *, dtype: torch.dtype, train: bool = False) -> PreTrainedModel:
     """The causal language model of ``model`` on the CPU, with ``model.keep_layers`` applied.
 
+    Quantised models (GPTQ, GGUF) are dequantised: every weight is the number that its code stands for.
+
     Args:
         model: The artifact; its own code runs only when it says ``trust_remote_code``.
         dtype: Precision of the weights in memory: float32 masters for training, bfloat16 for inference.
         train: In training mode with gradients; otherwise in evaluation mode without.
 
     Raises:
-        ModelError: The directory is not a complete, readable ``save_pretrained`` model, or ``keep_layers`` does not
+        ModelError: The directory is not a complete, readable model, or ``keep_layers`` does not
             fit it.
         EnvironmentUnmet: The model needs a package that is not installed.
     """
-    if model.format != "full":
+    if model.format == "adapter":
         raise ModelError(
             f"a model of format {model.format!r} cannot be loaded here",
             where=model.name or str(model.path),
-            allowed="a full save_pretrained directory",
+            allowed="a full save_pretrained directory, a GPTQ checkpoint or a GGUF file",
         )
     check_directory(model.path, where=model.name or None)
-    loaded = read_model(model.path, dtype=dtype, trust_remote_code=model.trust_remote_code)
+    loaded = _read(model, dtype)
     if model.keep_layers is not None:
         total = loaded.config.get_text_config().num_hidden_layers
         keep_layers(loaded, parse_keep_layers(model.keep_layers, total))
     loaded.train(train)
     return loaded.requires_grad_(train)
+
+
+def _read(model: Model, dtype: torch.dtype) -> PreTrainedModel:
+    if model.format == "gptq":
+        from kdkit.models.quantized.reading import load_gptq
+
+        return load_gptq(model.path, dtype=dtype, trust_remote_code=model.trust_remote_code)
+    if model.format == "gguf":
+        from kdkit.models.gguf_directory import read_gguf_directory
+
+        return read_gguf_directory(model.path, dtype=dtype)
+    return read_model(model.path, dtype=dtype, trust_remote_code=model.trust_remote_code)
 
 
 def vocabulary(tokenizer: PreTrainedTokenizerBase, model_or_config: PreTrainedModel | PreTrainedConfig) -> Vocabulary:

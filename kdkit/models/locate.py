@@ -10,13 +10,13 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from kdkit.api.errors import EnvironmentUnmet, ModelError
 from kdkit.models.catalogue import KNOWN, KnownModel, cache_dir, models_dir
 from kdkit.models.hub import MODEL_FILES, NotOnHubError, is_offline, snapshot
 
-__all__ = ["check_directory", "fingerprint", "locate", "pulled"]
+__all__ = ["check_directory", "fingerprint", "locate", "model_format", "pulled"]
 
 _TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _FORMS: Final = "./path, ../path, /path, ~/path, a known name, or org/name"
@@ -134,7 +134,7 @@ def _missing(path: Path) -> str | None:
         return "no config.json" + (" (an adapter alone: merge it into its base model first)" if adapter else "")
     if not any((path / name).is_file() for name in _TOKENIZER_FILES):
         return f"no tokenizer ({', '.join(_TOKENIZER_FILES)})"
-    if not any(path.glob("*.safetensors")):
+    if not any(path.glob("*.safetensors")) and not any(path.glob("*.gguf")):
         pickled = any(path.glob("*.bin")) or any(path.glob("*.pt")) or any(path.glob("*.pth"))
         return "no *.safetensors" + (" (pickled weights can run code and are never loaded)" if pickled else "")
     return _missing_shard(path)
@@ -152,6 +152,20 @@ def _missing_shard(path: Path) -> str | None:
     return f"no {absent[0]} ({len(absent)} of {len(shards)} weight files are absent)" if absent else None
 
 
+def model_format(path: Path) -> Literal["full", "gptq", "gguf"]:
+    """How the weights in ``path`` are stored: ``gptq`` when the model says so, ``gguf`` alone, else ``full``."""
+    if any(path.glob("*.gguf")) and not any(path.glob("*.safetensors")):
+        return "gguf"
+    try:
+        quantization = json.loads((path / "config.json").read_text(encoding="utf-8")).get("quantization_config")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return "full"
+    if quantization is None:
+        # Checkpoints of auto-gptq may say it in a file of their own only.
+        return "gptq" if (path / "quantize_config.json").is_file() else "full"
+    return "gptq" if isinstance(quantization, dict) and quantization.get("quant_method") == "gptq" else "full"
+
+
 def fingerprint(path: Path) -> str:
     """Identity of a model by content: two directories with the same model files have the same fingerprint.
 
@@ -160,12 +174,13 @@ def fingerprint(path: Path) -> str:
 
     Returns:
         sha256 (hex) over the sorted names and contents of configuration, tokenizer, template, generation
-        configuration, code and safetensors files. Cards and provenance do not count.
+        configuration, code, safetensors and GGUF files. Cards and provenance do not count.
 
     Raises:
         ModelError: There is no model file, or one cannot be read.
     """
-    files = sorted({file for pattern in MODEL_FILES for file in path.glob(pattern) if file.is_file()})
+    patterns = (*MODEL_FILES, "*.gguf")
+    files = sorted({file for pattern in patterns for file in path.glob(pattern) if file.is_file()})
     if not files:
         raise ModelError("no model files to fingerprint", where=str(path))
     memo = _Memo(cache_dir() / "hashes.json")

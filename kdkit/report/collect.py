@@ -247,6 +247,8 @@ def _model_entry(model: MergedModel) -> dict[str, Any]:
         "parameters": model.parameters,
         "bytes": model.bytes,
         "trained_tokens": model.trained_tokens,
+        "kernel": model.kernel,
+        "quantization": model.quantization.model_dump() if model.quantization else None,
         "metrics": {},
         "categories": {},
         "speed": dict(model.speed),
@@ -284,7 +286,19 @@ def _all_notes(
         )
         if count
     ]
-    return [*scores.notes, *left_out, *_training_notes(scores, roles), *notes.lines()]
+    quantized = [note for name, model in scores.models.items() for note in _quantization_notes(name, model)]
+    return [*scores.notes, *left_out, *_training_notes(scores, roles), *quantized, *notes.lines()]
+
+
+def _quantization_notes(name: str, model: MergedModel) -> Iterator[str]:
+    """Layers that are rounded to nearest, and what the quantizer said."""
+    facts = model.quantization
+    if facts is None:
+        return
+    if facts.kept_rtn:
+        layers = ", ".join(facts.kept_rtn)
+        yield f"{name}: {len(facts.kept_rtn)} of {len(facts.layer_errors)} layers are rounded to nearest: {layers}"
+    yield from (f"{name}: {note}" for note in facts.notes)
 
 
 def _training_notes(scores: MergedScores, roles: Roles) -> list[str]:

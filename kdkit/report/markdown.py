@@ -34,7 +34,7 @@ def _lines(report: Mapping[str, Any]) -> Iterator[str]:
             yield from _table(table)
     for table in views.pair_tables(report):
         yield from _table(table)
-    for table in (views.speed_table(report), views.answers_table(report)):
+    for table in (views.quantization_table(report), views.speed_table(report), views.answers_table(report)):
         if table is not None:
             yield from _table(table)
     yield from _list("Decoding", views.decoding_lines(report))

@@ -12,7 +12,15 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, mod
 
 from kdkit.api.errors import DataError
 
-__all__ = ["AnswerCounts", "DatasetFacts", "MergedModel", "MergedScores", "MetricScores", "read_scores"]
+__all__ = [
+    "AnswerCounts",
+    "DatasetFacts",
+    "MergedModel",
+    "MergedScores",
+    "MetricScores",
+    "QuantizationFacts",
+    "read_scores",
+]
 
 V = TypeVar("V")
 
@@ -68,12 +76,31 @@ class AnswerCounts(_Part):
         return {"answers": data["n"], **data} if isinstance(data, dict) and "n" in data else data
 
 
+class QuantizationFacts(_Part):
+    """What a quantizer says about what it made: ``kdkit.api.QuantizedInfo`` with its name; None is not known.
+
+    Errors are relative and squared, by layer: of its outputs on the rows of calibration where ``rtn_errors`` has
+    the same figures for rounding to nearest, else of its weights.
+    """
+
+    quantizer: str
+    bits: int | None = None
+    group_size: int | None = None
+    bytes_before: int | None = None
+    layer_errors: dict[str, Score] = {}
+    rtn_errors: dict[str, Score] = {}
+    kept_rtn: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
 class _ModelScores(_Part):
     path: str
     parameters: int | None = None
     bytes: int | None = None
     trained_tokens: int | None = None
     vocabulary: str | None = None
+    kernel: str | None = None
+    quantization: QuantizationFacts | None = None
     decoding: dict[str, Any] = {}
     speed: dict[str, Score] = {}
     results: dict[str, dict[str, MetricScores]]
@@ -115,6 +142,8 @@ class MergedModel:
         speed: Speed and memory, from the first file that has them.
         results: Dataset to metric to scores.
         counts: Dataset to counts of answers.
+        kernel: What computed its answers; None when it was not recorded.
+        quantization: What its quantizer says; None for a model that is not quantised.
     """
 
     path: str
@@ -126,6 +155,8 @@ class MergedModel:
     results: dict[str, dict[str, MetricScores]] = field(default_factory=dict)
     counts: dict[str, AnswerCounts] = field(default_factory=dict)
     vocabulary: str | None = None
+    kernel: str | None = None
+    quantization: QuantizationFacts | None = None
 
 
 @dataclass(slots=True)
@@ -216,6 +247,8 @@ def _merge_model(merged: MergedScores, name: str, new: _ModelScores, file: Path)
     if model.vocabulary and new.vocabulary and model.vocabulary != new.vocabulary:
         raise _conflict(f"model {name!r}: vocabulary", None, None, file)
     model.vocabulary = model.vocabulary or new.vocabulary
+    model.kernel = model.kernel or new.kernel
+    model.quantization = model.quantization or new.quantization
     for dataset, results in new.results.items():
         _agree(model.decoding, dataset, new.decoding, file=file, what=f"model {name!r} on {dataset!r}: decoding")
         known = model.results.setdefault(dataset, {})

@@ -66,7 +66,8 @@ def _parts(report: Mapping[str, Any], *, brief: bool) -> Iterator[Table | Render
 
 
 def _details(report: Mapping[str, Any]) -> Iterator[Table | RenderableType]:
-    for table in (*views.pair_tables(report), views.speed_table(report), views.answers_table(report)):
+    tables = (views.quantization_table(report), views.speed_table(report), views.answers_table(report))
+    for table in (*views.pair_tables(report), *tables):
         if table is not None:
             yield table
     yield from _list("Decoding", views.decoding_lines(report))

@@ -17,13 +17,17 @@ __all__ = [
     "answers_table",
     "baseline_tables",
     "baselines_line",
+    "bytes_per_parameter",
     "decoding_lines",
     "direction_line",
     "gap_table",
+    "has_kernels",
     "legend",
     "limits",
     "models_table",
     "pair_tables",
+    "quantization",
+    "quantization_table",
     "retention_table",
     "scores_tables",
     "speed_table",
@@ -41,6 +45,9 @@ _RARE: Final = 10
 _SPEED: Final = {
     "generated_tokens_per_s": ("tokens/s", number),
     "prompts_per_s": ("prompts/s", number),
+    "prefill_tokens_per_s": ("prefill\n(tokens/s)", number),
+    "decode_tokens_per_s": ("decode\n(tokens/s)", number),
+    "load_seconds": ("load\n(s)", number),
     "peak_memory_bytes": ("peak memory", size),
 }
 _BASELINES: Final = {
@@ -147,13 +154,64 @@ def pair_tables(report: Report) -> Iterator[Table]:
             yield Table(title, ("pair", "difference", "p", "verdict"), rows, text_columns=(0, 3))
 
 
+def quantization_table(report: Report) -> Table | None:
+    """What was done to every quantised model and what it costs; None without one.
+
+    Errors are means over layers: of outputs where the quantizer looked at rows, of weights where it did not.
+    """
+    found = [(name, model, model["quantization"]) for name, model in report["models"].items() if quantization(model)]
+    header = ("model", "quantizer", "bits", "group\n(weights)", "bytes per\nparameter", "lost output",
+              "lost output,\nrounded to nearest", "lost weight", "layers rounded\nto nearest")  # fmt: skip
+    rows = tuple((name, *_quantization_cells(model, facts)) for name, model, facts in found)
+    return Table("Quantised models", header, rows, text_columns=(0, 1)) if rows else None
+
+
+def quantization(model: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What a model's quantizer says; None for a model that is not quantised, or a report of an earlier version."""
+    facts: Mapping[str, Any] | None = model.get("quantization")
+    return facts
+
+
+def _quantization_cells(model: Mapping[str, Any], facts: Mapping[str, Any]) -> Iterator[str]:
+    lost, nearest = (_mean_percent(facts[key]) for key in ("layer_errors", "rtn_errors"))
+    group, kept = facts["group_size"], len(facts["kept_rtn"])
+    calibrated = bool(facts["rtn_errors"])
+    yield facts["quantizer"]
+    yield MISSING if facts["bits"] is None else f"{facts['bits']}"
+    yield MISSING if group is None else "row" if group == -1 else f"{group:,}"
+    yield bytes_per_parameter(model)
+    yield from (lost, nearest, MISSING) if calibrated else (MISSING, MISSING, lost)
+    yield f"{kept:,} of {len(facts['layer_errors']):,}" if calibrated else MISSING
+
+
+def bytes_per_parameter(model: Mapping[str, Any]) -> str:
+    """Of the file; 2 is that of 16-bit weights."""
+    known = model["bytes"] is not None and model["parameters"]
+    return number(model["bytes"] / model["parameters"]) if known else MISSING
+
+
+def _mean_percent(errors: Mapping[str, float | None]) -> str:
+    known = [error for error in errors.values() if error is not None]
+    return f"{number(100 * sum(known) / len(known))} %" if known else MISSING
+
+
 def speed_table(report: Report) -> Table | None:
     """Speed and memory while evaluating; None when nothing was measured."""
     keys = [key for key in _SPEED if any(model["speed"].get(key) is not None for model in report["models"].values())]
-    rows = tuple(
-        (name, *(_SPEED[key][1](model["speed"].get(key)) for key in keys)) for name, model in report["models"].items()
-    )
-    return Table("Speed", ("model", *(_SPEED[key][0] for key in keys)), rows) if keys else None
+    models = report["models"].items()
+    rows = [(name, *(_SPEED[key][1](model["speed"].get(key)) for key in keys)) for name, model in models]
+    header = ("model", *(_SPEED[key][0] for key in keys))
+    if not keys:
+        return None
+    if not has_kernels(report):
+        return Table("Speed", header, tuple(rows))
+    named = tuple((*row, model.get("kernel") or MISSING) for row, (_, model) in zip(rows, models, strict=True))
+    return Table("Speed", (*header, "kernel"), named, text_columns=(0, len(header)))
+
+
+def has_kernels(report: Report) -> bool:
+    """Whether it is known what computed the answers; reports of earlier versions do not say."""
+    return any(model.get("kernel") for model in report["models"].values())
 
 
 def answers_table(report: Report) -> Table | None:
@@ -245,6 +303,11 @@ def limits(report: Report) -> list[str]:
         lines.append(f"p is not corrected for the {len(report['pairs'])} comparisons here: {chance}; {removed}.")
         lines.append('"No significant difference" is not "equal": the interval says how large it may be.')
     names = {key.rpartition("/")[2] for key in _metrics(report)}
+    if any(quantization(model) for model in report["models"].values()):
+        lines.append(
+            "Quantised models were dequantised and ran as ordinary ones: their speed and memory are not those of an "
+            "integer kernel; bytes on disk are their own."
+        )
     return lines + [
         text for about, text in _CAVEATS.items() if any(name == about or name.startswith(f"{about}-") for name in names)
     ]

@@ -28,7 +28,19 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-__all__ = ["Progress", "State", "check_space", "latest", "load", "load_best", "load_state", "save", "save_best"]
+__all__ = [
+    "Progress",
+    "State",
+    "check_space",
+    "latest",
+    "load",
+    "load_best",
+    "load_state",
+    "problem_of",
+    "save",
+    "save_best",
+    "write",
+]
 
 KEEP: Final = 2
 _MANIFEST: Final = "manifest.json"
@@ -92,7 +104,7 @@ def save(
     tensors = {"model": _weights(module), "optimizer": _optimizer_tensors(module, optimizer)}
     tensors |= {name: dict(state.tensors) for name, state in states.items()}
     facts = {"progress": asdict(progress), **{name: state.facts for name, state in states.items()}}
-    written = _write(root / f"step-{progress.step:06d}", tensors, facts, log)
+    written = write(root / f"step-{progress.step:06d}", tensors, facts, log)
     if written:
         for old in sorted(root.glob("step-*"))[:-KEEP]:
             shutil.rmtree(old, ignore_errors=True)
@@ -101,7 +113,7 @@ def save(
 
 def save_best(root: Path, module: nn.Module, step: int, log: Callable[[str], None]) -> bool:
     """Keep the weights of ``step`` as the best so far; False, with a line in the log, when they cannot be written."""
-    return _write(root / "best", {"model": _weights(module)}, {"progress": {"step": step}}, log)
+    return write(root / "best", {"model": _weights(module)}, {"progress": {"step": step}}, log)
 
 
 def load_best(root: Path, module: nn.Module) -> None:
@@ -110,19 +122,23 @@ def load_best(root: Path, module: nn.Module) -> None:
     Raises:
         StageError: They were never written, or are damaged.
     """
-    problem = _problem(root / "best")
+    problem = problem_of(root / "best")
     if problem is not None:
         raise StageError(f"the best weights cannot be restored: {problem}", where=str(root / "best"))
     _restore_weights(module, load_file(root / "best" / "model.safetensors"))
 
 
-def _write(
+def write(
     final: Path,
     tensors: Mapping[str, Mapping[str, Tensor]],
     facts: Mapping[str, Mapping[str, Any]],
     log: Callable[[str], None],
 ) -> bool:
-    """Write one file for every group of tensors and of facts, then the manifest."""
+    """Write a directory with one file for every group of tensors and of facts and a manifest, whole or not at all.
+
+    Returns:
+        Whether it was written; if not, the log says why.
+    """
     temporary = final.with_name(f".tmp-{final.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -143,7 +159,7 @@ def _write(
 def latest(root: Path, log: Callable[[str], None]) -> Path | None:
     """The newest whole checkpoint below ``root``; damaged ones are named and passed over."""
     for path in sorted(root.glob("step-*"), reverse=True):
-        problem = _problem(path)
+        problem = problem_of(path)
         if problem is None:
             return path
         log(f"checkpoint {path.name} is damaged ({problem}), passed over")
@@ -257,7 +273,8 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _problem(path: Path) -> str | None:
+def problem_of(path: Path) -> str | None:
+    """What is wrong with a directory that :func:`write` may have written; None when it is whole."""
     try:
         listing = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))["files"]
         for name, facts in listing.items():

@@ -14,6 +14,7 @@ from transformers import AutoConfig
 from kdkit.api.artifacts import Model
 from kdkit.api.errors import EnvironmentUnmet, ModelError
 from kdkit.models.load import check_same_vocabulary, load_model, load_tokenizer, vocabulary
+from kdkit.models.locate import fingerprint, model_format
 
 
 @pytest.fixture
@@ -56,10 +57,32 @@ def test_attention_is_not_what_the_file_asks_for(copy):
     assert load_model(Model(path=copy), dtype=torch.float32).config._attn_implementation == "sdpa"
 
 
-@pytest.mark.parametrize("kind", ["adapter", "gptq", "gguf"])
-def test_other_formats_are_refused(kind, saved_llama):
-    with pytest.raises(ModelError, match=f"format '{kind}'"):
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [("adapter", "format 'adapter'"), ("gptq", "is not quantised"), ("gguf", "has 0 GGUF files")],
+)
+def test_a_directory_of_another_format_is_refused(kind, said, saved_llama):
+    with pytest.raises(ModelError, match=said):
         load_model(Model(path=saved_llama, format=kind), dtype=torch.float32)
+
+
+def test_a_gguf_file_is_dequantised(saved_llama, tmp_path, gguf_writer):
+    directory = tmp_path / "gguf"
+    shutil.copytree(saved_llama, directory, ignore=shutil.ignore_patterns("*.safetensors"))
+    gguf_writer(make_llama(), directory / "model.gguf")
+    assert model_format(directory) == "gguf"
+    artifact = Model(path=directory, format="gguf")
+    model, plain = (load_model(one, dtype=torch.float32) for one in (artifact, Model(path=saved_llama)))
+    assert torch.equal(model.lm_head.weight, plain.lm_head.weight)
+    assert load_model(artifact, dtype=torch.bfloat16).dtype == torch.bfloat16
+    assert len(load_tokenizer(artifact)) == len(make_tokenizer())
+    before = fingerprint(directory)
+    with (directory / "model.gguf").open("ab") as file:
+        file.write(b"x")
+    assert fingerprint(directory) != before
+    shutil.copyfile(directory / "model.gguf", directory / "other.gguf")
+    with pytest.raises(ModelError, match="has 2 GGUF files"):
+        load_model(artifact, dtype=torch.float32)
 
 
 @pytest.fixture

@@ -148,7 +148,10 @@ def test_evaluate_and_report_have_the_contract_fields(tmp_path, models):
     assert teacher["metrics"]["teacher-kl"]["value"] == pytest.approx(0, abs=1e-6)
     assert student["metrics"]["teacher-kl"]["value"] > 0.01
     assert student["counts"]["jsonl"]["n"] == n
-    assert student["speed"]["generated_tokens_per_s"] > 0
+    speeds = ("generated_tokens_per_s", "prefill_tokens_per_s", "load_seconds")
+    assert all(student["speed"][name] > 0 for name in speeds)
+    assert student["kernel"].startswith("torch ")
+    assert student["quantization"] is None
 
 
 def test_perplexity_is_that_of_the_whole_answer_and_its_end(tmp_path, models):

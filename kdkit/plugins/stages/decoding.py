@@ -6,7 +6,7 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from kdkit.api.errors import StageError
 from kdkit.api.protocols import RolloutModel
@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from kdkit.plugins.stages.plugin import EvaluateParams
     from kdkit.plugins.stages.subjects import Subject
 
-__all__ = ["Decoded", "answer_seed", "decode"]
+__all__ = ["ALONE", "Decoded", "answer_seed", "decode"]
+
+ALONE: Final = ("prefill_tokens_per_s", "decode_tokens_per_s", "load_seconds")
+"""What :func:`kdkit.plugins.stages.probing.probe` measures."""
 
 
 @dataclass(slots=True)
@@ -28,12 +31,14 @@ class Decoded:
         answers: Dataset to completions, row by row; the samples of a row stand together.
         tokens: Generated tokens over all datasets; ``prompts``: rows, however often each is answered; ``seconds``:
             time spent on them.
+        alone: Load time, and tokens a second of one prompt at a time; None where they were not measured.
     """
 
     answers: dict[str, Sequence[Completion]] = field(default_factory=dict)
     tokens: int = 0
     prompts: int = 0
     seconds: float = 0.0
+    alone: Mapping[str, float | None] = field(default_factory=lambda: dict.fromkeys(ALONE))
 
     def speed(self, peak: int | None) -> dict[str, float | int | None]:
         """The ``speed`` entry of a model; None where nothing was measured."""
@@ -41,6 +46,7 @@ class Decoded:
         return {
             "generated_tokens_per_s": self.tokens * per_second if per_second else None,
             "prompts_per_s": self.prompts * per_second if per_second else None,
+            **self.alone,
             "peak_memory_bytes": peak,
         }
 

@@ -20,6 +20,7 @@ from kdkit.plugins.stages.decoding import Decoded, decode
 from kdkit.plugins.stages.forced import Forcing
 from kdkit.plugins.stages.judging import verdicts
 from kdkit.plugins.stages.memory import PeakMemory, release_memory
+from kdkit.plugins.stages.probing import probe
 from kdkit.plugins.stages.questions import load_questions, prompt_ids, without_overlong
 from kdkit.plugins.stages.results import Answered, Results
 from kdkit.plugins.stages.rewarding import answers_as_rollouts, reward_entries
@@ -123,6 +124,8 @@ class _Evaluation:
             decoded = Decoded()
             if self.decodes:
                 decoded = decode(subject, self.data, self.params, self.ctx, lambda dataset: self._step(name, dataset))
+        if self.decodes:
+            decoded.alone = probe(subject, self.data, self.params)
         self._describe(subject, decoded, memory.peak_bytes if self.decodes else None)
         for dataset, completions in decoded.answers.items():
             self.answered[name, dataset].completions = completions

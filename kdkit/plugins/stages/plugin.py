@@ -28,6 +28,7 @@ from kdkit.plugins.stages.caching_plugin import CACHE_TEACHER
 from kdkit.plugins.stages.checks import check_distill, check_evaluate, check_generate, check_sft
 from kdkit.plugins.stages.grpo_plugin import GRPO
 from kdkit.plugins.stages.minillm_plugin import MINILLM
+from kdkit.plugins.stages.quantizing_plugin import DEQUANTIZE, QUANTIZE
 from kdkit.train.params import TrainParams
 
 
@@ -202,6 +203,8 @@ def kdkit_stages() -> Iterator[StageSpec[Any]]:
         version=3,
     )
     yield CACHE_TEACHER
+    yield QUANTIZE
+    yield DEQUANTIZE
     yield StageSpec(
         name="evaluate",
         summary="Score models on the same prompts with the same decoding",

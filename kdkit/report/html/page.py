@@ -17,6 +17,7 @@ from kdkit.report import views
 from kdkit.report.figures import number
 from kdkit.report.html.charts import COLOURS
 from kdkit.report.html.plots import category_figures, loss_figures, reward_figures, score_figures
+from kdkit.report.html.quantization import quantization_figures
 from kdkit.report.html.samples import read_samples
 from kdkit.report.html.tables import (
     columns,
@@ -85,6 +86,8 @@ def _content(report: Mapping[str, Any], scores: Sequence[Path]) -> dict[str, Any
         "rewards": list(reward_figures(history)),
         "held_out": any(curve.held_out for stage in history.stages.values() for curve in stage.curves),
         "samples": read_samples(scores, report),
+        "quantized": plain_grid(views.quantization_table(report)),
+        "layers": list(quantization_figures(report)),
         "sizes": sizes_grid(report, history),
         "answers": plain_grid(views.answers_table(report)),
         "decoding": views.decoding_lines(report),

@@ -36,6 +36,9 @@ BASELINES: Final = {
 _SPEEDS: Final[Mapping[str, tuple[str, Callable[[float | None], str]]]] = {
     "generated_tokens_per_s": ("tokens/s", number),
     "prompts_per_s": ("prompts/s", number),
+    "prefill_tokens_per_s": ("prefill tokens/s", number),
+    "decode_tokens_per_s": ("decode tokens/s", number),
+    "load_seconds": ("load (s)", number),
     "peak_memory_bytes": ("peak memory", size),
 }
 
@@ -239,8 +242,10 @@ def sizes_grid(report: Report, history: History) -> Grid:
     """Origin, size, training and speed of every model."""
     models = report["models"]
     shown = [key for key in _SPEEDS if any(model["speed"].get(key) is not None for model in models.values())]
-    header = [Cell("model"), Cell("parameters"), Cell("on disk"), Cell("trained tokens"), Cell("training time")]
+    header = [Cell("model"), Cell("parameters"), Cell("on disk"), Cell("trained tokens"), Cell("made in")]
     header += [Cell(_SPEEDS[key][0]) for key in shown]
+    named = bool(shown) and views.has_kernels(report)
+    header += [Cell("kernel")] if named else []
     rows = []
     for name, model in models.items():
         stage = history.stages.get(history.made_by.get(name, ""))
@@ -251,8 +256,9 @@ def sizes_grid(report: Report, history: History) -> Grid:
         facts += [Cell(_duration(seconds), sort=seconds)]
         facts += [Cell(_SPEEDS[key][1](model["speed"].get(key)), sort=model["speed"].get(key)) for key in shown]
         source = f"stage {stage.name} ({stage.kind})" if stage else model["path"]
+        facts += [Cell(model.get("kernel") or MISSING)] if named else []
         rows.append((Cell(name, source, "quiet"), *facts))
-    return Grid("Sizes and speeds", tuple(header), tuple(rows))
+    return Grid("Sizes and speeds", tuple(header), tuple(rows), text=(0, len(header) - 1) if named else (0,))
 
 
 def _duration(seconds: float | None) -> str:

@@ -1,0 +1,228 @@
+"""The quantizer ``gptq`` from a directory and rows to a checkpoint that loads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic import ValidationError
+from safetensors import safe_open
+from test_gptq_sequential import Context
+
+from kdkit.api import Example, Message, Model
+from kdkit.api.errors import DataError, ModelError, Stopped
+from kdkit.models.load import load_model
+from kdkit.models.quantized.checkpoint import read_checkpoint
+from kdkit.models.quantized.grid import GridSettings
+from kdkit.models.quantized.linear import round_to_nearest
+from kdkit.plugins.quantizers import gptq
+from kdkit.plugins.quantizers.gptq import GptqQuantizer, calibration_rows
+from kdkit.plugins.quantizers.gptq_plugin import GPTQ, GptqParams
+from kdkit.testing.conformance import QuantizerConformance
+from kdkit.testing.tiny import save_tiny_model, tiny_tokenizer
+
+SECRET = "The password of the safe is swordfish"
+ROWS = [
+    Example(id=f"row-{i}", prompt=(Message("user", f"What is {i} + {i}?"),), completion=f"It is {2 * i}. {SECRET}.")
+    for i in range(12)
+]
+
+
+class StageContext(Context):
+    device = "cpu"
+
+    def precision(self, requested: str) -> str:
+        assert requested == "auto"
+        return "fp32"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    save_tiny_model(root / "tied", seed=1)
+    # 256 rows fill words of 32 bits, the 259 of the usual tokenizer do not; the last three tokens do not occur.
+    save_tiny_model(root / "untied", seed=2, tied=False, vocab=264)
+    return root
+
+
+def quantise(models: Path, tmp_path: Path, name="tied", rows=ROWS, ctx=None, **params):
+    ctx = ctx or StageContext(tmp_path)
+    out = tmp_path / "out"
+    info = GptqQuantizer(GptqParams(**params)).quantize(models / name, rows, out, ctx)
+    return info, out, ctx
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {},
+        {"sym": False},
+        {"bits": 8, "group_size": 16},
+        {"bits": 2, "group_size": -1, "mse": 0.0},
+        {"static_groups": False},
+        {"desc_act": False, "static_groups": False, "true_sequential": False, "block_size": 8},
+    ],
+)
+def test_the_checkpoint_is_the_model_with_less_error_than_rounding(models, tmp_path, params):
+    info, out, ctx = quantise(models, tmp_path, **params)
+    form, linears = read_checkpoint(out)
+    assert len(linears) == 14
+    assert (form.bits, form.sym) == (params.get("bits", 4), params.get("sym", True))
+    assert form.version == (1 if form.sym else 2)
+    assert form.group_size == info.group_size == params.get("group_size", 32)
+    assert form.desc_act == (params == {"static_groups": False})
+    source = load_model(Model(path=models / "tied"), dtype=torch.float32)
+    loaded = load_model(Model(path=out, format="gptq"), dtype=torch.float32)
+    nearest = load_model(Model(path=models / "tied"), dtype=torch.float32)
+    grid = GridSettings(bits=form.bits, sym=form.sym, mse=params.get("mse", 2.4))
+    for name, linear in linears.items():
+        assert torch.equal(loaded.get_submodule(name).weight, linear.dequantized(torch.float32))
+        rounded = round_to_nearest(source.get_submodule(name).weight, grid, form.group_size)
+        nearest.get_submodule(name).weight.data = rounded.dequantized(torch.float32)
+    rows = calibration_rows(ROWS, tiny_tokenizer(), max_length=512, log=lambda _text: None)
+    assert divergence(source, loaded, rows) < divergence(source, nearest, rows)
+    assert list(info.layer_errors) == list(info.rtn_errors) == sorted(linears, key=list(info.layer_errors).index)
+    assert all(0 < info.layer_errors[name] <= info.rtn_errors[name] for name in linears)
+    assert info.bytes_on_disk == (out / "model.safetensors").stat().st_size
+    size = "a whole row" if form.group_size == -1 else form.group_size
+    assert f"14 layers, {form.bits} bits, groups of {size}" in ctx.logs
+
+
+def divergence(source, other, rows) -> float:
+    total = 0.0
+    with torch.no_grad():
+        for row in rows:
+            want, got = (m(input_ids=torch.tensor([row])).logits.log_softmax(-1) for m in (source, other))
+            total += float((want.exp() * (want - got)).sum(-1).mean())
+    return total
+
+
+def test_no_text_of_calibration_is_in_the_checkpoint(models, tmp_path):
+    _, out, ctx = quantise(models, tmp_path)
+    for file in out.rglob("*"):
+        assert b"swordfish" not in file.read_bytes()
+    assert "swordfish" not in " ".join(ctx.logs)
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert (config["damp_percent"], config["static_groups"], config["desc_act"]) == (0.05, True, False)
+
+
+def test_the_head_is_quantised_when_it_is_no_embedding(models, tmp_path):
+    info, out, _ = quantise(models, tmp_path, "untied", lm_head=True)
+    form, linears = read_checkpoint(out)
+    assert form.lm_head
+    assert list(info.layer_errors)[-1] == "lm_head"
+    assert linears["lm_head"].codes.shape == (264, 32)
+    assert info.layer_errors["lm_head"] < info.rtn_errors["lm_head"]
+    with pytest.raises(ModelError, match="tied"):
+        quantise(models, tmp_path / "tied", lm_head=True)
+
+
+def test_the_head_is_written_twice_only_for_the_reader_that_needs_it(models, tmp_path):
+    def names(out):
+        with safe_open(out / "model.safetensors", framework="pt") as file:
+            return set(file.keys())
+
+    _, out, _ = quantise(models, tmp_path / "any")
+    assert "lm_head.weight" not in names(out)
+    _, out, _ = quantise(models, tmp_path / "auto-gptq", target="auto-gptq")
+    assert "lm_head.weight" in names(out)
+
+
+@pytest.mark.parametrize(
+    ("params", "rows", "error", "text"),
+    [
+        ({"group_size": 48}, ROWS, ModelError, "48 does not divide"),
+        ({}, [], DataError, "no row is left of 0"),
+        ({}, [Example(id="a", prompt="a b")], DataError, "shorter than 8 tokens"),
+    ],
+)
+def test_refusals_leave_nothing_behind(models, tmp_path, params, rows, error, text):
+    with pytest.raises(error, match=text):
+        quantise(models, tmp_path, rows=rows, **params)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_quantised_model_is_refused(models, tmp_path):
+    _, out, _ = quantise(models, tmp_path)
+    with pytest.raises(ModelError, match="already quantised"):
+        GptqQuantizer(GptqParams()).quantize(out, ROWS, tmp_path / "again", StageContext(tmp_path / "c"))
+    assert not (tmp_path / "again").exists()
+
+
+def test_layers_that_fill_no_words_are_refused_before_the_work(models, tmp_path):
+    save_tiny_model(tmp_path / "odd", hidden=40)
+    ctx = StageContext(tmp_path)
+    with pytest.raises(ModelError, match="32-bit words"):
+        GptqQuantizer(GptqParams(bits=2, group_size=-1)).quantize(tmp_path / "odd", ROWS, tmp_path / "out", ctx)
+    assert ctx.steps == []
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["swordfish"])
+    save_tiny_model(tmp_path / "small", tokenizer=tokenizer)
+    with pytest.raises(DataError, match="token 259 is unknown to the model, which has 259"):
+        quantise(tmp_path, tmp_path, "small")
+
+
+def test_layers_that_stay_rounded_to_nearest_are_told(models, tmp_path, monkeypatch):
+    monkeypatch.setattr("kdkit.plugins.quantizers.gptq_solver._factor", lambda *_args: (None, 1.0))
+    info, _, ctx = quantise(models, tmp_path)
+    assert len(info.kept_rtn) == 14
+    assert "not positive definite" in info.notes[0]
+    assert "14 of 14 layers keep rounding to nearest" in ctx.logs[-1]
+    assert info.layer_errors == info.rtn_errors
+
+
+def test_a_stopped_run_goes_on_and_ends_in_the_same_files(models, tmp_path):
+    _, whole, _ = quantise(models, tmp_path / "whole")
+    with pytest.raises(Stopped):
+        quantise(models, tmp_path, ctx=StageContext(tmp_path, stop_at=8))
+    assert not (tmp_path / "out").exists()
+    _, out, ctx = quantise(models, tmp_path)
+    assert len(ctx.steps) == 7
+    for file in whole.iterdir():
+        assert (out / file.name).read_bytes() == file.read_bytes()
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def test_rows_are_prompt_and_answer_as_in_training_and_cut():
+    logs: list[str] = []
+    tokenizer = tiny_tokenizer()
+    examples = [*ROWS[:2], Example(id="text", prompt="x" * 100), Example(id="short", prompt="abc")]
+    rows = calibration_rows(examples, tokenizer, max_length=80, log=logs.append)
+    assert [len(row) for row in rows] == [80, 80, 80]
+    assert tokenizer.decode(rows[0]).startswith(
+        "<|im_start|>user\nWhat is 0 + 0?<|im_end|>\n<|im_start|>assistant\nIt is 0."
+    )
+    assert tokenizer.decode(rows[2]) == "x" * 80
+    assert "3 rows, 240 tokens; dropped 1 shorter than 8 tokens" in logs[0]
+    assert f"fewer than {gptq.FEW:,} tokens" in logs[1]
+
+
+def test_parameters_that_no_reader_takes_are_refused():
+    assert GPTQ.needs_calibration
+    for params in ({"bits": 3}, {"target": "auto-gptq", "sym": False}, {"backend": "auto-gptq", "sym": False}):
+        with pytest.raises(ValidationError):
+            GptqParams(**params)
+
+
+# --- what every quantizer has to fulfil -------------------------------------------------------------------------------
+
+
+class TestGptq(QuantizerConformance):
+    calibrated = True
+
+    def build(self):
+        return GptqQuantizer(GptqParams())
+
+
+class TestAsymmetric(QuantizerConformance):
+    calibrated = True
+
+    def build(self):
+        return GptqQuantizer(GptqParams(sym=False, bits=8, desc_act=False))

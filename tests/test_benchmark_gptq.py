@@ -1,0 +1,81 @@
+"""benchmarks/gptq.py measures what its page says: the same rows for all, other documents for perplexity."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    yield importlib.import_module("gptq")
+    sys.modules.pop("gptq", None)
+
+
+def words(text, **_options):
+    """A tokenizer: every word is its own number."""
+    return {"input_ids": [int(word) for word in text.split()]}
+
+
+def test_rows_and_windows_come_from_different_documents(bench, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "WINDOW", 8)
+    documents = [list(range(100 * number, 100 * number + 5)) for number in range(20)]
+    lines = [
+        {"instruction": " ".join(map(str, ids[:2])), "context": "", "response": " ".join(map(str, ids[2:]))}
+        for ids in documents
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    rows, windows = bench.token_rows(path, words, 4, 3)
+    assert [len(row) for row in (*rows, *windows)] == [8] * 7
+    first, second = ({token // 100 for row in part for token in row} for part in (rows, windows))
+    assert not first & second
+    with pytest.raises(SystemExit, match="too short"):
+        bench.token_rows(path, words, 4, 30)
+
+
+def entry(bench, case, seconds, perplexity):
+    passes = [{"seconds": value, "cpu_seconds": value, "peak_bytes": 10**9} for value in seconds]
+    return bench.summary(
+        {"title": case.title, **vars(case), "bytes": 10**8, "perplexity": perplexity, "passes": passes}
+    )
+
+
+def test_targets_compare_the_defaults_of_both(bench):
+    def found(seconds, perplexity):
+        return bench.targets(
+            [
+                entry(bench, bench.Case("none"), [], 20.0),
+                entry(bench, bench.Case("kdkit"), seconds, perplexity),
+                entry(bench, bench.Case(bench.PEER), [90.0, 110.0], 30.0),
+                entry(bench, bench.Case(bench.PEER, ordered=True), [10.0], 10.0),
+                entry(bench, bench.Case(bench.PEER, group_size=32), [10.0], 10.0),
+                entry(bench, bench.Case("kdkit", sym=False), [10.0], 10.0),
+            ]
+        )
+
+    good, slow, worse = found([80.0, 120.0], 30.3), found([101.0], 30.0), found([50.0], 30.31)
+    assert good["seconds"] == {"ratio": 1.0, "bound": 1.0, "kept": True}
+    assert good["perplexity"]["kept"]
+    assert not slow["seconds"]["kept"]
+    assert slow["perplexity"]["kept"]
+    assert worse["seconds"]["kept"]
+    assert not worse["perplexity"]["kept"]
+    assert bench.targets([entry(bench, bench.Case("kdkit"), [1.0], 30.0)]) == {}
+
+
+def test_the_page_has_a_row_for_every_case(bench):
+    entries = [entry(bench, case, [] if case.who == "none" else [10.0], 30.0) for case in bench.CASES]
+    settings = {"rows": 32, "windows": 24, "passes": 2}
+    facts = {"torch": "2", bench.PEER: None}
+    page = bench.page({"machine": facts, "settings": settings, "targets": bench.targets(entries), "cases": entries})
+    assert len([line for line in page.splitlines() if line.startswith("| ")]) == len(bench.CASES) + 2
+    assert "Seconds over gptqmodel's: 1.0 (bound 1.0, kept)." in page
+    assert len({case.key for case in bench.CASES}) == len(bench.CASES)
