@@ -60,7 +60,8 @@ def params_of(model: type[BaseModel]) -> Iterator[tuple[str, object]]:
 def known_to(page: str, text: str) -> tuple[dict[str, list[object]], set[str]]:
     """Parameters of the stage the page is about and of the components it names; names that may stand alone."""
     entries = Catalog.discover(disable=["*"]).entries()
-    about = [entry for entry in entries if entry.name == page or (entry.kind == "loss" and f"`{entry.name}`" in text)]
+    own = {page, *STAGES.get(page, ())}
+    about = [entry for entry in entries if entry.name in own or (entry.kind == "loss" and f"`{entry.name}`" in text)]
     assert any(entry.name == page for entry in about), f"{page}.md is about no component"
     params: dict[str, list[object]] = {}
     for entry in about:
@@ -69,7 +70,7 @@ def known_to(page: str, text: str) -> tuple[dict[str, list[object]], set[str]]:
     for name, annotation in params_of(Scheduled.slot_fields()):
         params.setdefault(name, []).append(annotation)
     values = {str(value) for annotations in params.values() for a in annotations for value in literals(a)}
-    return params, {*params, *values, *(entry.name for entry in entries), *logged(page)}
+    return params, {*params, *values, *(entry.name for entry in entries), *logged(page), *FOREIGN.get(page, ())}
 
 
 def literals(annotation: object) -> tuple[object, ...]:
@@ -81,6 +82,12 @@ def literals(annotation: object) -> tuple[object, ...]:
     return tuple(value for inner in get_args(annotation) for value in literals(inner))
 
 
+STAGES = {"gptq": ["quantize"]}
+"""Stages that a page is about beside the component of its own name."""
+FOREIGN = {
+    "gptq": ["act_group_aware", "checkpoint_format", "gptq_v2", "quantization_config", "save_pretrained"],
+}
+"""What the programs call it that kdkit's files are read by."""
 LOGGED = {
     "gptq": [],
     "minillm": ["policy/rollouts.py"],
