@@ -193,6 +193,16 @@ def test_a_model_attends_as_before_once_it_has_decoded(failing):
     assert model.config._attn_implementation == "sdpa"
 
 
+def test_steps_that_overlap_leave_a_model_as_it_was():
+    config = model_of("Llama").config
+    first, second = attention.reads_spans(config), attention.reads_spans(config)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    second.__exit__(None, None, None)
+    assert config._attn_implementation == "sdpa"
+
+
 def test_spans_by_hand():
     assert spans([], 9) == []
     assert spans([5], 0) == [(0, 1, 5)]

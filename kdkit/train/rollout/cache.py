@@ -31,7 +31,7 @@ __all__ = ["PaddedRows", "RaggedRows", "Rows", "ragged"]
 _SLOTS: Final = 64
 """Buffers grow by a half, to a multiple of this many slots."""
 _FILLING: Final = 24
-"""Padding tokens that cost as much as one more pass over the weights; measured with SmolLM2-135M on two cores."""
+"""Padding tokens that cost about as much as one more pass over the weights; an estimate for a small model on a CPU."""
 _GAP: Final = {torch.float64: 1e-6, torch.float32: 1e-3}
 _GAP_HALF: Final = 0.1
 """Difference of hidden states relative to their size; about 1e-6 in float32 and 1e-2 in bf16 where all is well."""
