@@ -13,6 +13,7 @@ import pytest
 from sandbox_helpers import LIMITS, PROVIDERS, need
 
 from kdkit.api import EnvironmentUnmet, SandboxJob, SandboxLimits, SandboxOutcome, StageError
+from kdkit.plugins.sandboxes import compiler
 from kdkit.plugins.sandboxes import session as session_module
 from kdkit.plugins.sandboxes.inside.task import Reply
 from kdkit.plugins.sandboxes.jails import LandlockJail, Launch
@@ -206,6 +207,46 @@ def test_programs_never_see_each_other(session):
     for _ in range(2):
         session.run([SandboxJob(program=LEAVE, stdin="x")] * 4)
         assert {outcome.stdout for outcome in session.run([SandboxJob(program=FIND)] * 4)} == {"[]\n"}
+
+
+LOCK = """
+import ctypes, os, struct, sys, time
+file = open(os.__file__, "rb")
+who = input()
+time.sleep(0 if who == "first" else 0.7)
+locked = []
+libc = ctypes.CDLL(None, use_errno=True)
+if not libc.flock(file.fileno(), 6): locked.append("flock")
+area = ctypes.create_string_buffer(struct.pack("hhqqi4x", 0, 0, 0, 0, 0))
+for command in (6, 37):
+    if not libc.fcntl(file.fileno(), command, area): locked.append(command)
+time.sleep(2 if who == "first" else 0)
+print(locked)
+"""
+
+
+def test_programs_cannot_signal_by_locks(session):
+    """All of them may read the standard library, and a lock on one of its files would be seen by the others."""
+    session.run([SandboxJob(program="import time; time.sleep(0.3)")] * 2)
+    outcomes = session.run([SandboxJob(program=LOCK, stdin=who) for who in ("first", "second")])
+    assert [(outcome.status, outcome.stdout) for outcome in outcomes] == [("ok", "[]\n")] * 2
+
+
+def test_compiled_programs_that_are_large_do_not_pile_up(monkeypatch):
+    monkeypatch.setattr(compiler, "_KEPT_BYTES", 3000)
+    cache = compiler.BinaryCache()
+    for number in range(5):
+        descriptor = compiler.executable_file("program")
+        os.ftruncate(descriptor, 1000)
+        cache.put(f"{number}", compiler.Binary(descriptor))
+    cache.put("broken", compiler.Binary(None, "no"))
+    assert [cache.get(f"{number}") is not None for number in range(5)] == [False, False, True, True, True]
+    huge = compiler.executable_file("program")
+    os.ftruncate(huge, 9000)
+    cache.put("huge", compiler.Binary(huge))
+    assert cache.get("huge") is not None
+    assert cache.get("4") is None
+    cache.clear()
 
 
 def memory(pid: int) -> bytes:
