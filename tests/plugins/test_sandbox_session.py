@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -351,6 +352,31 @@ def test_a_compiler_that_got_no_core_is_no_compile_error(session, monkeypatch):
         patch.setattr(session_module.Worker, "run", lambda *_: late)
         assert session.run([job])[0].status == "infra-error"
     assert session.run([job])[0].status == "ok"
+
+
+def test_the_work_of_a_compiler_that_was_killed_is_counted(session, monkeypatch):
+    """It is done by its children; without it a compiler that waits for a core cannot be told from one that works."""
+    replies = []
+    original = session_module.Worker.run
+
+    def remembered(self, task, descriptors):
+        replies.append(original(self, task, descriptors))
+        return replies[-1]
+
+    monkeypatch.setattr(session_module.Worker, "run", remembered)
+    monkeypatch.setattr(session_module, "COMPILE", replace(session_module.COMPILE, wall_s=3.0))
+    bomb = (
+        "template<int n, int m> struct A { static const long v = A<n-1, 2*m>::v + A<n-1, 2*m+1>::v; };\n"
+        "template<int m> struct A<0, m> { static const long v = m; };\nint main() { return A<22, 0>::v & 1; }"
+    )
+    try:
+        run(session, bomb, language="cpp")
+    except EnvironmentUnmet as error:
+        pytest.skip(str(error))
+    assert replies[0].late
+    # Not a share of the wall clock: the machine may have other work.
+    assert replies[0].cpu_s > 0.2
+    assert replies[0].memory_bytes > 40 * MIB
 
 
 def test_fork_servers_are_renewed(session, monkeypatch):
