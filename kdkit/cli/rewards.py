@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from kdkit.api.data import Example, RewardScore, Rollout
 from kdkit.api.errors import DataError, EnvironmentUnmet, ExitCode, KdkitError, RecipeError
-from kdkit.api.slots import Component, Ref, StageOutput, Weighted, walk
+from kdkit.api.slots import Component, Ref, Scheduled, StageOutput, Weighted, walk
 from kdkit.cli.answers import prompt_text
 from kdkit.cli.output import emit, emit_json, log, table, visible
 
@@ -227,23 +227,26 @@ def _bench(choice: Choice) -> _Bench:
 
 
 def _stage(recipe: Recipe, name: str | None) -> Stage:
-    """The stage whose parameters have a list of rewards."""
-    found = {stage.name: stage for stage in recipe.stages.values() if _has_rewards(stage.params)}
+    """The stage whose parameters have a list of rewards; of several the one that learns from them."""
+    found = {stage.name: stage for stage in recipe.stages.values() if _all_are(Weighted, stage.params)}
     allowed = ", ".join(found) or "none has rewards"
     if name is not None:
         if name not in found:
             raise RecipeError(f"stage {name!r} has no rewards", where=str(recipe.path), allowed=allowed)
         return found[name]
-    if len(found) != 1:
+    # Stages that only measure give no step from which a reward counts.
+    learning = [stage for stage in found.values() if _all_are(Scheduled, stage.params)] or list(found.values())
+    if len(learning) != 1:
         what = "several stages have rewards" if found else "no stage has rewards"
         hint = "choose one with --stage" if found else None
         raise RecipeError(what, where=str(recipe.path), allowed=allowed if found else None, hint=hint)
-    return next(iter(found.values()))
+    return learning[0]
 
 
-def _has_rewards(params: Any) -> bool:
+def _all_are(slot: type[Weighted[Any]], params: Any) -> bool:
+    """Whether there are rewards, all of them in slots of this kind."""
     rewards = getattr(params, "rewards", None) or []
-    return bool(rewards) and all(isinstance(item, Weighted) and item.kind == "reward" for item in rewards)
+    return bool(rewards) and all(isinstance(item, slot) and item.kind == "reward" for item in rewards)
 
 
 def _example(params: Any, stage: str, builder: Builder, choice: Choice) -> Example:

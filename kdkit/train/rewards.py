@@ -99,7 +99,8 @@ class RewardSet:
     def build(cls, components: Sequence[Weighted[Reward]], ctx: BuildContext) -> RewardSet:
         """Build all rewards of a list.
 
-        Every sandbox that a reward names is probed first: without one the work must not begin.
+        Every sandbox that a reward names is probed first, unless it remembers that it was: without one the work must
+        not begin.
 
         Raises:
             EnvironmentUnmet: A sandbox does not work on this machine.
@@ -172,7 +173,9 @@ def reward_names(components: Sequence[Weighted[Reward]]) -> list[str]:
 
 
 def _require(sandbox: Component[Any], ctx: BuildContext) -> None:
-    report = ctx.build(sandbox).probe()
+    built: Any = ctx.build(sandbox)
+    # Canaries take seconds, and those of this boot may be remembered.
+    report = getattr(built, "known", built.probe)()
     if not report.usable:
         raise EnvironmentUnmet(
             f"programs cannot be run safely here: {report.reason or 'the sandbox says no more'}",

@@ -32,6 +32,11 @@ class Train(Params):
     rewards: list[Scheduled[Reward]] = Field([])
 
 
+class Measure(Params):
+    data: OneOrMore[Weighted[DatasetLoader]]
+    rewards: list[Weighted[Reward]] = Field([])
+
+
 class NoParams(Params):
     pass
 
@@ -82,6 +87,7 @@ def no_run(params, ctx):
 @hookimpl
 def kdkit_stages():
     yield StageSpec(name="pretend-grpo", summary="x", params=Train, run=no_run, outputs={"model": Model})
+    yield StageSpec(name="pretend-measure", summary="x", params=Measure, run=no_run, outputs={"model": Model})
     yield StageSpec(name="pretend-make", summary="x", params=NoParams, run=no_run, outputs={"data": Dataset})
 
 

@@ -159,6 +159,14 @@ def test_a_stage_is_chosen(kdkit_command, recipe, completion):
     assert list(json.loads(done.out)["components"]) == ["think"]
 
 
+def test_of_several_stages_the_one_that_learns_is_taken(kdkit_command, recipe, completion):
+    """The recipe of GRPO measures the same rewards on held-out prompts."""
+    path = recipe(more="  after: {kind: pretend-measure, data: {use: sums}, rewards: [{use: think}]}\n")
+    done = kdkit_command("rewards", "try", path, "--completion", completion(RIGHT), "--json")
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["stage"] == "grpo"
+
+
 # -- doctor
 
 

@@ -455,6 +455,32 @@ def test_the_program_that_calls_a_checker(tmp_path, output, code, said):
     assert (done.returncode, done.stdout.strip()) == (code, said), done.stderr
 
 
+@pytest.mark.parametrize(
+    ("given", "expected", "written", "verdict"),
+    [
+        (1000, 10, 8 * 2**20, "OLE"),
+        (1000, 10, 100_000, "AC"),
+        # Here a right answer would not fit either: the judge is to blame.
+        (8 * 2**20, 10, 11, "AC"),
+        (4 * 2**20, 4 * 2**20, 4 * 2**20, "AC"),
+    ],
+)
+def test_an_output_that_no_checker_can_be_given_is_the_fault_of_the_program(given, expected, written, verdict):
+    asked = []
+
+    class Programs(dict):
+        def get(self, program, default=None):
+            return (lambda job: asked.append(job) or "1") if "checker.py" in program else lambda job: "x" * written
+
+    shop = Workshop()
+    shop.sandbox.programs = Programs()
+    example = problem(("1" * given, "2" * expected), checker="the checker")
+    score = shop.score("correctness", answer("any"), example=example)
+    assert score.status == "ok"
+    assert score.reason.split()[0] == verdict
+    assert len(asked) == (verdict == "AC")
+
+
 def test_a_checker_is_not_asked_about_a_crash(shop):
     score = shop.score("correctness", answer("broken"), example=problem(("1 2", "3"), checker="the checker"))
     assert score.reason == "CE compile error"

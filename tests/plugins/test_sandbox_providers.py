@@ -134,6 +134,55 @@ def test_auto_takes_the_first_that_works_and_says_which():
     session.close()
 
 
+class Moody(JailSandbox):
+    """Works until it is told not to."""
+
+    def __init__(self, jail, name, works=True):
+        super().__init__(jail, 1)
+        self.name, self.works, self.opened, self.probed = name, works, 0, 0
+
+    def probe(self):
+        self.probed += 1
+        return SandboxReport(usable=self.works, reason="" if self.works else "canary 'wall limit' failed")
+
+    def known(self):
+        return SandboxReport(usable=self.works, reason="" if self.works else "canary 'wall limit' failed")
+
+    def open(self, limits, /):
+        if not self.works:
+            raise EnvironmentUnmet("canary 'wall limit' failed", where=f"sandbox {self.name}")
+        self.opened += 1
+        return self.name
+
+
+def test_auto_never_takes_a_weaker_one_in_the_middle():
+    strong, weak = Moody(NoJail(), "strong"), Moody(NoJail(), "weak")
+    sandbox = AutoSandbox([strong, weak])
+    assert sandbox.open(LIMITS) == "strong"
+    strong.works = False
+    with pytest.raises(EnvironmentUnmet, match="strong"):
+        sandbox.open(SandboxLimits(cpu_s=1.0))
+    assert weak.opened == 0
+    strong.works = True
+    assert sandbox.open(LIMITS) == "strong"
+
+
+def test_auto_does_not_change_to_one_that_works_later():
+    strong, weak = Moody(NoJail(), "strong", works=False), Moody(NoJail(), "weak")
+    sandbox = AutoSandbox([strong, weak])
+    assert sandbox.open(LIMITS) == "weak"
+    strong.works = True
+    assert sandbox.open(LIMITS) == "weak"
+
+
+def test_auto_asks_for_no_probe_that_is_known():
+    strong = Moody(NoJail(), "strong")
+    report = AutoSandbox([strong]).known()
+    assert (report.usable, report.reason, strong.probed) == (True, "uses strong", 0)
+    assert AutoSandbox([strong]).probe().usable
+    assert strong.probed == 1
+
+
 def test_auto_fails_closed():
     sandbox = AutoSandbox([JailSandbox(NoJail()), JailSandbox(NoJail())])
     assert not sandbox.probe().usable
@@ -212,6 +261,46 @@ def test_directories_of_dead_sessions_are_removed(monkeypatch, tmp_path):
     first.remove()
     second.remove()
     assert [path.name for path in tmp_path.iterdir()] == ["kdkit-sandbox-notes"]
+
+
+def test_the_directory_of_a_live_session_in_another_container_stays(monkeypatch, tmp_path):
+    tmp_path.chmod(0o755)
+    monkeypatch.setattr(places, "_temporary", lambda: (tmp_path,))
+    monkeypatch.setattr(places, "reachable", lambda path: True)
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    with monkeypatch.context() as elsewhere:
+        # A process id that means nothing here.
+        elsewhere.setattr(places.os, "getpid", lambda: dead.pid)
+        foreign = SessionDir()
+    SessionDir().remove()
+    assert (foreign.code / "inside").is_dir()
+    foreign.remove()
+    foreign.remove()
+    left = SessionDir()
+    orphan = left.path.rename(tmp_path / f"kdkit-sandbox-{dead.pid}-abc")
+    left._unlock()
+    SessionDir().remove()
+    assert not orphan.exists()
+
+
+def test_a_jail_sees_no_more_of_a_prefix_than_python_needs(monkeypatch, tmp_path):
+    """An interpreter may be installed in ~/.local, or in home itself."""
+    for part in ("bin", "lib/python3.11", "lib64", "share/keyrings"):
+        (tmp_path / part).mkdir(parents=True)
+    (tmp_path / "bin" / "python3.11").touch()
+    found = places.Interpreter(prefix=tmp_path, executable="bin/python3.11", library="lib/python3.11")
+    monkeypatch.setattr(jails, "interpreter", lambda: found)
+    binary = tmp_path / "bwrap"
+    binary.touch(mode=0o755)
+    place = SessionDir()
+    try:
+        argv = BubblewrapJail(binary).launch(place, 0, None, 3, 4, 5).argv
+    finally:
+        place.remove()
+    binds = {argv[at + 2]: argv[at + 1] for at, word in enumerate(argv) if word == "--ro-bind"}
+    seen = {target: source for target, source in binds.items() if target.startswith("/python")}
+    assert seen == {f"/python/{part}": str(tmp_path / part) for part in ("bin/python3.11", "lib", "lib/python3.11")}
 
 
 def test_a_bwrap_that_only_root_can_reach_is_copied_with_its_libraries(tmp_path):

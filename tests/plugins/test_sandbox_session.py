@@ -7,12 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from sandbox_helpers import LIMITS, PROVIDERS, need
 
 from kdkit.api import EnvironmentUnmet, SandboxJob, SandboxLimits, SandboxOutcome, StageError
+from kdkit.plugins.sandboxes import compiler
 from kdkit.plugins.sandboxes import session as session_module
 from kdkit.plugins.sandboxes.inside.task import Reply
 from kdkit.plugins.sandboxes.jails import LandlockJail, Launch
@@ -208,6 +210,46 @@ def test_programs_never_see_each_other(session):
         assert {outcome.stdout for outcome in session.run([SandboxJob(program=FIND)] * 4)} == {"[]\n"}
 
 
+LOCK = """
+import ctypes, os, struct, sys, time
+file = open(os.__file__, "rb")
+who = input()
+time.sleep(0 if who == "first" else 0.7)
+locked = []
+libc = ctypes.CDLL(None, use_errno=True)
+if not libc.flock(file.fileno(), 6): locked.append("flock")
+area = ctypes.create_string_buffer(struct.pack("hhqqi4x", 0, 0, 0, 0, 0))
+for command in (6, 37):
+    if not libc.fcntl(file.fileno(), command, area): locked.append(command)
+time.sleep(2 if who == "first" else 0)
+print(locked)
+"""
+
+
+def test_programs_cannot_signal_by_locks(session):
+    """All of them may read the standard library, and a lock on one of its files would be seen by the others."""
+    session.run([SandboxJob(program="import time; time.sleep(0.3)")] * 2)
+    outcomes = session.run([SandboxJob(program=LOCK, stdin=who) for who in ("first", "second")])
+    assert [(outcome.status, outcome.stdout) for outcome in outcomes] == [("ok", "[]\n")] * 2
+
+
+def test_compiled_programs_that_are_large_do_not_pile_up(monkeypatch):
+    monkeypatch.setattr(compiler, "_KEPT_BYTES", 3000)
+    cache = compiler.BinaryCache()
+    for number in range(5):
+        descriptor = compiler.executable_file("program")
+        os.ftruncate(descriptor, 1000)
+        cache.put(f"{number}", compiler.Binary(descriptor))
+    cache.put("broken", compiler.Binary(None, "no"))
+    assert [cache.get(f"{number}") is not None for number in range(5)] == [False, False, True, True, True]
+    huge = compiler.executable_file("program")
+    os.ftruncate(huge, 9000)
+    cache.put("huge", compiler.Binary(huge))
+    assert cache.get("huge") is not None
+    assert cache.get("4") is None
+    cache.clear()
+
+
 def memory(pid: int) -> bytes:
     parts = []
     process = Path(f"/proc/{pid}")
@@ -310,6 +352,31 @@ def test_a_compiler_that_got_no_core_is_no_compile_error(session, monkeypatch):
         patch.setattr(session_module.Worker, "run", lambda *_: late)
         assert session.run([job])[0].status == "infra-error"
     assert session.run([job])[0].status == "ok"
+
+
+def test_the_work_of_a_compiler_that_was_killed_is_counted(session, monkeypatch):
+    """It is done by its children; without it a compiler that waits for a core cannot be told from one that works."""
+    replies = []
+    original = session_module.Worker.run
+
+    def remembered(self, task, descriptors):
+        replies.append(original(self, task, descriptors))
+        return replies[-1]
+
+    monkeypatch.setattr(session_module.Worker, "run", remembered)
+    monkeypatch.setattr(session_module, "COMPILE", replace(session_module.COMPILE, wall_s=3.0))
+    bomb = (
+        "template<int n, int m> struct A { static const long v = A<n-1, 2*m>::v + A<n-1, 2*m+1>::v; };\n"
+        "template<int m> struct A<0, m> { static const long v = m; };\nint main() { return A<22, 0>::v & 1; }"
+    )
+    try:
+        run(session, bomb, language="cpp")
+    except EnvironmentUnmet as error:
+        pytest.skip(str(error))
+    assert replies[0].late
+    # Not a share of the wall clock: the machine may have other work.
+    assert replies[0].cpu_s > 0.2
+    assert replies[0].memory_bytes > 40 * MIB
 
 
 def test_fork_servers_are_renewed(session, monkeypatch):

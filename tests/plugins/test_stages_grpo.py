@@ -388,6 +388,8 @@ def _spins(pid: int) -> bool:
     ({"rewards": [{"use": "low", "from_step": 2}]}, "stages.own.rewards: no reward counts at the first step"),
     ({"rewards": [{"use": "low"}, {"use": "high", "from_step": 8}]},
      "stages.own.rewards.1.from_step: 'high' would never count: training has 8 steps"),
+    ({"rewards": [{"use": "low"}, {"use": "high", "from_step": 7}], "num_iterations": 2},
+     "stages.own.rewards.1.from_step: 'high' would never count: the last completions are sampled at step 4"),
     ({"losses": [{"use": "reverse-kl"}]}, "stages.own.losses.0.use: 'reverse-kl' is a token loss; this stage takes"),
     ({"losses": [{"use": "on-policy-reverse-kl"}]}, "stages.own.losses.0.use: 'on-policy-reverse-kl' needs a teacher"),
     ({"losses": [{"use": "grpo"}, {"use": "grpo"}]}, "stages.own.losses.1.use: 'grpo' appears twice"),

@@ -344,6 +344,22 @@ def test_dynamic_sampling_replaces_them_by_other_prompts_as_often_as_it_may():
     assert rollouts(terms=terms, tries=8)[0].make(0) == rows
 
 
+def test_dynamic_sampling_replaces_groups_that_are_masked_as_a_whole():
+    """They differ in reward, and still teach nothing: all of them were cut off."""
+
+    def cut_short(**given):
+        made, kept, _ = rollouts(masked=True, **given)
+        made.prompts = [[replace(prompt, limit=2) for prompt in made.prompts[0]]]
+        return made, kept, made.make(0)
+
+    whole = {row.group for row in cut_short()[2] if row.counts}
+    assert 0 < len(whole) < GROUPS
+    made, kept, rows = cut_short(tries=12)
+    assert {row.group for row in rows if row.counts} == set(range(GROUPS))
+    assert made.facts()["replaced_groups"] == 1 - len(whole) / GROUPS
+    assert {item.attempt for item in kept} > {0}
+
+
 def test_where_nothing_teaches_the_tries_end():
     calls = []
 

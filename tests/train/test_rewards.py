@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kdkit.api import ConformanceError, EnvironmentUnmet, Example, RewardScore, Rollout, StageError
+from kdkit.api import ConformanceError, EnvironmentUnmet, Example, RewardScore, Rollout, SandboxReport, StageError
 from kdkit.api.slots import Scheduled, Weighted
 from kdkit.train.rewards import RewardSet, RewardTerm, reward_names
 
@@ -181,6 +181,15 @@ def test_built_from_a_recipe():
     assert len(shop.sandbox.jobs) == 1, "length asks the same judge"
     rewards.close()
     assert shop.sandbox.closed == 1
+
+
+def test_a_sandbox_that_remembers_its_probe_is_not_probed_again():
+    shop = Workshop()
+    asked = []
+    shop.sandbox.known = lambda: asked.append("known") or SandboxReport(usable=True)
+    shop.sandbox.probe = lambda: asked.append("probe")
+    RewardSet.build([shop.component("correctness", Weighted)], shop.ctx)
+    assert asked == ["known"]
 
 
 def test_no_sandbox_no_work():

@@ -22,6 +22,8 @@ _SESSIONS: Final = 4
 _REMEMBERED: Final = 4096
 _CHUNK: Final = 64
 """Jobs given to the sandbox at once: as many outputs are in memory."""
+_FILE_BYTES: Final = 8 * 2**20
+"""What a sandbox takes as files beside a program, in all."""
 _TIMEOUTS: Final = 2
 """After so many time-outs the remaining tests of a program count as failed: each costs seconds."""
 CHECKER_LIMITS: Final = SandboxLimits(wall_s=21.0, cpu_s=10.0, output_bytes=2**16)
@@ -105,13 +107,24 @@ def _job(submission: Submission, index: int) -> SandboxJob:
     return test.job(submission.program)
 
 
-def _checker_job(problem: Problem, index: int, output: str) -> SandboxJob | None:
-    """The job of the problem's checker; None where it has none."""
+def _checker_job(problem: Problem, index: int, output: str) -> SandboxJob | Verdict | None:
+    """The job of the problem's checker; None where it has none, OLE for an output that no checker can be given.
+
+    That is the fault of the output where an output as long as the expected one would do: else a program could end every
+    judgement of itself as a failure of the judge, by writing enough.
+    """
     test = problem.tests[index]
     if problem.checker is None or not isinstance(test, OutputTest):
         return None
-    files = {"input.txt": test.given, "expected_output.txt": test.expected, "output.txt": output}
-    return SandboxJob(program=RUN_CHECKER, files={"checker.py": problem.checker, **files})
+    files = {"checker.py": problem.checker, "input.txt": test.given, "expected_output.txt": test.expected}
+    given, expected, written = sum(map(_bytes, files.values())), _bytes(test.expected), _bytes(output)
+    if given + expected <= _FILE_BYTES < given + written:
+        return Verdict.OLE
+    return SandboxJob(program=RUN_CHECKER, files={**files, "output.txt": output})
+
+
+def _bytes(text: str) -> int:
+    return len(text.encode("utf-8", "surrogatepass"))
 
 
 class Judge:
@@ -194,12 +207,14 @@ class Judge:
     def _check(self, written: Sequence[tuple[_Run, int, SandboxJob, str]]) -> Iterator[tuple[Verdict, str]]:
         """Verdicts on outputs, with the reason of a failure of the judge."""
         checkers = [_checker_job(run.submission.problem, index, output) for run, index, _, output in written]
-        jobs = [job for job in checkers if job is not None]
+        jobs = [checker for checker in checkers if isinstance(checker, SandboxJob)]
         said = iter(self._run(CHECKER_LIMITS, jobs) if jobs else ())
         for checker, (run, index, job, output) in zip(checkers, written, strict=True):
             test = run.submission.problem.tests[index]
-            if checker is not None:
+            if isinstance(checker, SandboxJob):
                 yield _checked(next(said))
+            elif checker is not None:
+                yield checker, ""
             elif isinstance(test, OutputTest):
                 yield compare(test.expected, output, mode=self._mode, tolerance=self._tolerance), ""
             else:

@@ -32,6 +32,7 @@ COMPILE: Final = Task(
 """The profile of the compile step: it may start processes and write one directory."""
 _FLAGS: Final = ("-x", "c++", "-std=c++17", "-O2", "-pipe", "-w", "-fmax-errors=5", "-o", OUTPUT, "-")
 _KEPT: Final = 64
+_KEPT_BYTES: Final = 256 * _MIB
 _MFD_EXEC: Final = 0x10
 
 
@@ -74,7 +75,10 @@ def seal(descriptor: int) -> None:
 
 
 class BinaryCache:
-    """The last compiled programs of a session, by source, flags and version of the compiler."""
+    """The last compiled programs of a session, by source, flags and version of the compiler.
+
+    As many as fit: a program of a few lines can be one of 64 MiB, and all of them lie in memory.
+    """
 
     def __init__(self) -> None:
         self._entries: OrderedDict[str, Binary] = OrderedDict()
@@ -105,9 +109,13 @@ class BinaryCache:
                 seal(binary.descriptor)
             gone = [self._entries.pop(key, None)]
             self._entries[key] = binary
-            if len(self._entries) > _KEPT:
+            # The new one stays whatever its size: the caller is about to run it.
+            while len(self._entries) > 1 and (len(self._entries) > _KEPT or self._bytes() > _KEPT_BYTES):
                 gone.append(self._entries.popitem(last=False)[1])
             _close(gone)
+
+    def _bytes(self) -> int:
+        return sum(os.fstat(b.descriptor).st_size for b in self._entries.values() if b.descriptor is not None)
 
     def clear(self) -> None:
         """Forget everything."""

@@ -134,7 +134,7 @@ class BubblewrapJail:
             # notices the judge's end by itself; when it does not, the init named on this descriptor is killed.
             *("--info-fd", str(info)),
             *("--unshare-all", "--new-session", "--cap-add", "CAP_SYS_ADMIN", "--hostname", "box"),
-            *_file_system(place, None if found.system else (str(source), prefix)),
+            *_file_system(place, None if found.system else (found, source, prefix)),
             *("--clearenv", *(part for item in environment.items() for part in ("--setenv", *item))),
             *("--chdir", "/", "--"),
             *_python_command(f"{prefix}/{found.executable}", config, "/kdkit"),
@@ -142,7 +142,7 @@ class BubblewrapJail:
         return Launch(argv=argv, environment={}, uid=uid, bind=bind, sealed=False)
 
 
-def _file_system(place: SessionDir, python: tuple[str, str] | None) -> tuple[str, ...]:
+def _file_system(place: SessionDir, python: tuple[Interpreter, Path, str] | None) -> tuple[str, ...]:
     """/usr, the interpreter, five devices and an empty box, all of it read-only: each program mounts its own box."""
     arguments = ["--ro-bind", "/usr", "/usr"]
     for name in ("bin", "sbin", "lib", "lib32", "lib64", "libx32"):
@@ -154,7 +154,11 @@ def _file_system(place: SessionDir, python: tuple[str, str] | None) -> tuple[str
     for file in ("/etc/ld.so.cache", "/etc/alternatives"):
         arguments += ["--ro-bind-try", file, file]
     if python is not None:
-        arguments += ["--ro-bind", *python]
+        found, source, prefix = python
+        # No more of the prefix than Python needs: it may be somebody's ~/.local, or home itself.
+        for part in dict.fromkeys((found.executable, "lib", found.library)):
+            if (found.prefix / part).exists():
+                arguments += ["--ro-bind", str(source / part), f"{prefix}/{part}"]
     arguments += ["--ro-bind", str(place.code), "/kdkit"]
     for name in _DEVICES:
         arguments += ["--dev-bind", f"/dev/{name}", f"/dev/{name}"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import pwd
 import re
@@ -11,6 +12,7 @@ import stat
 import sys
 import sysconfig
 import tempfile
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -103,6 +105,10 @@ class SessionDir:
             raise EnvironmentUnmet("no directory for temporary files that every user may reach", hint="set TMPDIR")
         _remove_orphans(parent)
         self.path = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=parent)).resolve()
+        # Held until the process ends: a container that shares this directory knows nothing of the process id.
+        self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._unlock = weakref.finalize(self, os.close, self._lock)
+        fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.geteuid() == 0:
             self.path.chmod(0o755)
         self.python = self.path / "python"
@@ -130,6 +136,7 @@ class SessionDir:
     def remove(self) -> None:
         """Delete it; may be called twice."""
         shutil.rmtree(self.path, ignore_errors=True)
+        self._unlock()
 
 
 def _temporary() -> tuple[Path, ...]:
@@ -143,5 +150,16 @@ def _remove_orphans(parent: Path) -> None:
             continue
         with contextlib.suppress(OSError):
             mine = not path.is_symlink() and path.lstat().st_uid == os.geteuid()
-            if mine and not Path(f"/proc/{found[1]}").exists():
+            if mine and not Path(f"/proc/{found[1]}").exists() and not _in_use(path):
                 shutil.rmtree(path)
+
+
+def _in_use(path: Path) -> bool:
+    place = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(place)
+    return False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from kdkit.api.errors import EnvironmentUnmet
@@ -48,37 +48,43 @@ class JailSandbox:
 
 
 class AutoSandbox:
-    """The first of some sandboxes that works. Chosen when a session is opened, and never changed in it."""
+    """The first of some sandboxes that works. Chosen when the first session is opened, and never changed afterwards."""
 
     name = "auto"
 
     def __init__(self, candidates: Sequence[JailSandbox]) -> None:
         self._candidates = candidates
+        self._taken: JailSandbox | None = None
 
     def probe(self) -> SandboxReport:
         """The report of the first candidate that works; of all of them in one line when none does."""
-        reports = []
-        for candidate in self._candidates:
-            report = candidate.probe()
-            if report.usable:
-                return replace(report, reason=f"uses {candidate.name}")
-            reports.append((candidate.name, report))
-        return _none_of(reports)
+        return self._first(lambda candidate: candidate.probe())[1]
+
+    def known(self) -> SandboxReport:
+        """As :meth:`probe`, with what this boot's probes have found."""
+        return self._first(lambda candidate: candidate.known())[1]
 
     def open(self, limits: SandboxLimits, /) -> Session:
-        """A warm session of the best sandbox that works here.
+        """A warm session of the best sandbox that works here; later ones are of the same.
 
         Raises:
-            EnvironmentUnmet: None does; names each with its dead canary and what to do.
+            EnvironmentUnmet: None does; names each with its dead canary and what to do. Or the one that was taken
+                before has stopped working: nothing weaker takes its place then.
         """
+        if self._taken is None:
+            self._taken, report = self._first(lambda candidate: candidate.known())
+            if self._taken is None:
+                raise EnvironmentUnmet(report.reason, where="sandbox auto", hint=report.hint)
+        return self._taken.open(limits)
+
+    def _first(self, ask: Callable[[JailSandbox], SandboxReport]) -> tuple[JailSandbox | None, SandboxReport]:
         reports = []
         for candidate in self._candidates:
-            report = candidate.known()
+            report = ask(candidate)
             if report.usable:
-                return candidate.open(limits)
+                return candidate, replace(report, reason=f"uses {candidate.name}")
             reports.append((candidate.name, report))
-        failed = _none_of(reports)
-        raise EnvironmentUnmet(failed.reason, where="sandbox auto", hint=failed.hint)
+        return None, _none_of(reports)
 
 
 def _none_of(reports: Sequence[tuple[str, SandboxReport]]) -> SandboxReport:

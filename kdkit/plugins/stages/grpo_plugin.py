@@ -52,8 +52,8 @@ class GRPOStageParams(TrainParams):
     mask_truncated_completions: bool = False
     """Learn nothing from completions that hit ``max_completion_length``. They count in the mean of their group."""
     resample_groups: int = Field(0, ge=0, le=16)
-    """Dynamic sampling: how often groups whose rewards are all alike are replaced by those of other prompts, in an
-    iteration. Such groups are counted in the log either way; those that are left teach nothing."""
+    """Dynamic sampling: how often groups whose rewards are all alike, or whose completions are all masked, are replaced
+    by those of other prompts, in an iteration. The former are counted in the log; those that are left teach nothing."""
     max_completion_length: int = Field(256, ge=1)
     """Longest completion in tokens, its end token included."""
     temperature: float = Field(1.0, gt=0)
@@ -116,10 +116,18 @@ def _sizes(params: GRPOStageParams) -> Iterator[Problem]:
 def _rewards(params: GRPOStageParams) -> Iterator[Problem]:
     if min(reward.from_step for reward in params.rewards) > 0:
         yield ("rewards",), "no reward counts at the first step; one of them needs from_step: 0"
+    if params.max_steps is None:
+        return
+    batch = params.per_device_train_batch_size * params.gradient_accumulation_steps
+    steps = max(1, params.num_rollouts // batch) * params.num_iterations
+    last = (params.max_steps - 1) // steps * steps
     for index, reward in enumerate(params.rewards):
-        if params.max_steps is not None and reward.from_step >= params.max_steps:
-            what = f"'{reward.name}' would never count: training has {params.max_steps} steps"
-            yield ("rewards", index, "from_step"), what
+        where = ("rewards", index, "from_step")
+        if reward.from_step >= params.max_steps:
+            yield where, f"'{reward.name}' would never count: training has {params.max_steps} steps"
+        elif reward.from_step > last:
+            # Rewards join at the first step of an iteration.
+            yield where, f"'{reward.name}' would never count: the last completions are sampled at step {last}"
 
 
 def _others(params: GRPOStageParams) -> Iterator[Problem]:

@@ -15,6 +15,7 @@ from kdkit.api.data import RewardScore, Rollout
 from kdkit.train.batching import DataOrder
 from kdkit.train.on_policy import as_deployed
 from kdkit.train.policy.advantages import GroupAdvantages, group_advantages
+from kdkit.train.policy.ranks import of_first_rank
 from kdkit.train.policy.records import Record
 from kdkit.train.policy.rollouts import Answers, Prompt, lengths, mismatches, unscored
 from kdkit.train.policy.rows import PolicyRow
@@ -146,12 +147,12 @@ class GroupRollouts:
         order = self.order.rows_of_step(iteration, self.groups)
         groups = self._judged(iteration, 0, range(self.groups), order, tally)
         for attempt in range(1, self.tries + 1):
-            flat = [place for place, group in enumerate(groups) if not _teaches(group)]
+            flat = [place for place, group in enumerate(groups) if not self._teaches(group)]
             if not flat:
                 break
             others = self.spare.rows_of_step(iteration * self.tries + attempt - 1, self.groups)
             for place, group in zip(flat, self._judged(iteration, attempt, flat, others, tally), strict=True):
-                if _teaches(group):
+                if self._teaches(group):
                     groups[place] = group
                     tally.replaced += 1
         return groups
@@ -164,10 +165,12 @@ class GroupRollouts:
         whose = [(place, prompt, k) for place, prompt in zip(places, prompts, strict=True) for k in range(self.size)]
         seeds = [stream_number(self.seed, "group", iteration, attempt, place, k) for place, _, k in whose]
         started = time.monotonic()
-        answers = self.answers([p.ids for _, p, _ in whose], seeds, [p.limit for _, p, _ in whose])
+        own = self.answers([p.ids for _, p, _ in whose], seeds, [p.limit for _, p, _ in whose])
+        # Time limits, and so verdicts, may differ between processes, which have to learn from the same rollouts.
+        answers = of_first_rank(lambda: own)
         decoded = time.monotonic()
         rollouts = [self._rollout(prompt, answer) for (_, prompt, _), answer in zip(whose, answers, strict=True)]
-        scored = self.rewards(rollouts, step=self.first_step(iteration))
+        scored = of_first_rank(lambda: self.rewards(rollouts, step=self.first_step(iteration)))
         tally.judging += time.monotonic() - decoded
         tally.decoding += decoded - started
         for name, count in scored.clamped.items():
@@ -186,6 +189,13 @@ class GroupRollouts:
 
     def _counts(self, judged: _Judged) -> bool:
         return judged.total.value is not None and not (self.mask_truncated and judged.rollout.truncated)
+
+    def _teaches(self, group: Sequence[_Judged]) -> bool:
+        """Whether some completions of a prompt are better than others, and not all of those are masked."""
+        kept = [judged for judged in group if judged.total.value is not None]
+        values = torch.tensor([judged.total.value for judged in kept], dtype=torch.float64)
+        advantages = group_advantages(values, torch.zeros(len(kept), dtype=torch.long)).values.tolist()
+        return any(value and self._counts(judged) for judged, value in zip(kept, advantages, strict=True))
 
     def _credited(self, row: PolicyRow, judged: _Judged, advantage: float) -> PolicyRow:
         return replace(row, advantages=(advantage,) * row.targets, counts=self._counts(judged))
@@ -231,13 +241,6 @@ class GroupRollouts:
             )
             for judged in tally.judged
         ]
-
-
-def _teaches(group: Sequence[_Judged]) -> bool:
-    """Whether some completions of a prompt are better than others."""
-    values = [judged.total.value for judged in group if judged.total.value is not None]
-    found = group_advantages(torch.tensor(values, dtype=torch.float64), torch.zeros(len(values), dtype=torch.long))
-    return bool(values) and not bool((found.zero_variance | found.too_few).any())
 
 
 def _line(iteration: int, tally: _Tally, facts: Mapping[str, float]) -> str:

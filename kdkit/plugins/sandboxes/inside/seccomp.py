@@ -39,9 +39,9 @@ _CLONE_THREAD: Final = 0x0001_0000
 _CLONE_NEW: Final = 0x7E02_0080  # every CLONE_NEW* flag: namespaces
 _AF_UNIX: Final = 1
 
-# F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_GETLK, F_SETLK, F_SETLKW, F_OFD_*, F_DUPFD_CLOEXEC, F_GETPIPE_SZ,
-# F_GET_SEALS; not F_SETOWN and its kin, which direct signals.
-_FCNTL: Final = (0, 1, 2, 3, 4, 5, 6, 7, 36, 37, 38, 1030, 1032, 1034)
+# F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC, F_GETPIPE_SZ, F_GET_SEALS; not F_SETOWN and its kin,
+# which direct signals, nor locks: the files that all programs read would carry a message from one to another.
+_FCNTL: Final = (0, 1, 2, 3, 4, 1030, 1032, 1034)
 # What terminals and pipes are asked: TCGETS for isatty, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX and FIOCLEX.
 _IOCTL: Final = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
 # PR_SET_NAME, PR_GET_NAME, and PR_SET_VMA with which allocators name their memory

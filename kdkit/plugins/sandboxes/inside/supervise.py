@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import select
 import signal
 import time
@@ -36,7 +37,8 @@ def run(config: Config, task: Task, descriptors: list[int]) -> Reply | None:
     late, alone = _wait(config, pid, started + task.wall_s)
     _, status, usage = os.wait4(pid, 0)
     wall = time.monotonic() - started
-    _sweep(pid)
+    # What it had not waited for itself is no part of its own numbers: a compiler's work is done by its children.
+    usages = [usage, *_sweep(pid)]
     said = os.read(readable, 16)
     os.close(readable)
     if alone:
@@ -47,10 +49,10 @@ def run(config: Config, task: Task, descriptors: list[int]) -> Reply | None:
         exit_code=code if code >= 0 else None,
         signal=-code if code < 0 else None,
         late=late,
-        preempted=usage.ru_nivcsw,
+        preempted=sum(used.ru_nivcsw for used in usages),
         wall_s=wall,
-        cpu_s=usage.ru_utime + usage.ru_stime,
-        memory_bytes=usage.ru_maxrss * 1024,
+        cpu_s=sum(used.ru_utime + used.ru_stime for used in usages),
+        memory_bytes=max(used.ru_maxrss for used in usages) * 1024,
     )
 
 
@@ -74,13 +76,15 @@ def _wait(config: Config, pid: int, deadline: float) -> tuple[bool, bool]:
     return late, not late and ended not in seen
 
 
-def _sweep(pid: int) -> None:
-    """Kill what a compiler left behind: it is a session of its own, which the filter lets no process leave."""
+def _sweep(pid: int) -> list[resource.struct_rusage]:
+    """Kill what a compiler left behind, a session of its own that the filter lets no process leave; what it used."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, signal.SIGKILL)
+    usages = []
     with contextlib.suppress(ChildProcessError):
         while True:
-            os.waitpid(-1, 0)
+            usages.append(os.wait4(-1, 0)[2])
+    return usages
 
 
 def copy_output(box: str, into: int, limit: int) -> None:
