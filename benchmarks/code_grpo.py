@@ -44,7 +44,12 @@ SMALL: dict[str, Any] = {
 METRIC = "pass-at-1"
 OTHERS: dict[str, dict[str, Any]] = {
     "mbpp": {"use": "mbpp", "source": "code_eval/mbpp.jsonl", "split": "test"},
-    "codeforces": {"use": "codeforces", "source": "codeforces/taco_stdio_in_open_r1_schema.jsonl", "split": "all"},
+    "codeforces": {
+        "use": "codeforces",
+        "source": "codeforces/taco_stdio_in_open_r1_schema.jsonl",
+        "split": "all",
+        "incomplete_tests": True,
+    },
 }
 """Problems of other kinds; sources are relative to the directory of ``--data``."""
 
