@@ -52,7 +52,7 @@ CASES = {
     "qwen2-asym": (QWEN2, {"sym": False}),
     "qwen2-order": (QWEN2, {"static_groups": False}),
     "one-layer-untied": ({"architecture": "llama", "layers": 1, "tied": False}, {"group_size": "auto"}),
-    "head": ({"architecture": "llama", "layers": 1, "tied": False, "vocab": 264}, {"lm_head": True}),
+    "head": ({"architecture": "llama", "layers": 1, "tied": False, "vocab": 272}, {"lm_head": True}),
 }
 
 
@@ -164,6 +164,10 @@ def test_what_kdkit_writes_is_read_alike(answers, name, reader):
             pytest.skip("transformers reads GPTQ with optimum: pip install 'kdkit[gptq]'")
     theirs = load_file(answers / f"{name}.{reader}")["logits"]
     exact, rounded = (forward(answers / name / "out" / "model", dtype) for dtype in (torch.float32, torch.bfloat16))
+    if (name, reader) == ("head", "transformers"):
+        # It puts random numbers in the place of a quantised output projection, without a word; kdkit says so.
+        assert rms(theirs - exact) > 0.5 * rms(exact)
+        return
     # Kernels compute in bfloat16; what that does to the same weights is the measure. Rounding in another order moves
     # logits elsewhere and about as far: 0.96 to 1.11 times as far was seen.
     assert rms(theirs - exact) < 1.25 * rms(rounded - exact)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,10 @@ def test_the_head_is_quantised_when_it_is_no_embedding(models, tmp_path):
     assert list(info.layer_errors)[-1] == "lm_head"
     assert linears["lm_head"].codes.shape == (264, 32)
     assert info.layer_errors["lm_head"] < info.rtn_errors["lm_head"]
+    assert "transformers puts random numbers" in info.notes[-1]
+    assert RtnQuantizer(RtnParams(lm_head=True)).quantize(
+        models / "untied", [], tmp_path / "rtn", StageContext(tmp_path)
+    ).notes == [info.notes[-1]]
     with pytest.raises(ModelError, match="tied"):
         quantise(models, tmp_path / "tied", lm_head=True)
 
@@ -285,15 +290,42 @@ def test_a_stopped_run_goes_on_and_ends_in_the_same_files(models, tmp_path):
 def test_rows_are_prompt_and_answer_as_in_training_and_cut():
     logs: list[str] = []
     tokenizer = tiny_tokenizer()
-    examples = [*ROWS[:2], Example(id="text", prompt="x" * 100), Example(id="short", prompt="abc")]
-    rows = calibration_rows(examples, tokenizer, max_length=80, log=logs.append)
-    assert [len(row) for row in rows] == [80, 80, 80]
+    texts = [Example(id=str(size), prompt="x" * size) for size in (100, 8, 7)]
+    rows = calibration_rows([*ROWS[:2], *texts], tokenizer, max_length=80, log=logs.append)
+    assert [len(row) for row in rows] == [80, 80, 80, 8]
     assert tokenizer.decode(rows[0]).startswith(
         "<|im_start|>user\nWhat is 0 + 0?<|im_end|>\n<|im_start|>assistant\nIt is 0."
     )
     assert tokenizer.decode(rows[2]) == "x" * 80
-    assert "3 rows, 240 tokens; dropped 1 shorter than 8 tokens" in logs[0]
+    assert "4 rows, 248 tokens; dropped 1 shorter than 8 tokens" in logs[0]
     assert f"fewer than {gptq.FEW:,} tokens" in logs[1]
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_forward_passes_have_the_precision_of_the_stage(models, tmp_path, monkeypatch, precision, dtype):
+    seen = []
+
+    class Watched(gptq.Sequential):
+        def __init__(self, *given):
+            seen.append(given[3].compute)
+            super().__init__(*given)
+
+    monkeypatch.setattr(gptq, "Sequential", Watched)
+    monkeypatch.setattr(StageContext, "precision", lambda _self, _requested: precision)
+    info, _, _ = quantise(models, tmp_path)
+    assert seen == [dtype]
+    assert all(info.layer_errors[name] < info.rtn_errors[name] for name in info.layer_errors)
+
+
+def test_finished_blocks_of_other_weights_are_not_taken(models, tmp_path):
+    want, _, _ = quantise(models, tmp_path / "whole")
+    shutil.copytree(models / "tied", tmp_path / "other")
+    with pytest.raises(Stopped):
+        quantise(models, tmp_path, ctx=StageContext(tmp_path, stop_at=8))
+    tiny_model(seed=1).half().save_pretrained(tmp_path / "other")
+    shutil.copyfile(models / "tied" / "config.json", tmp_path / "other" / "config.json")
+    _, _, ctx = quantise(tmp_path, tmp_path, "other")
+    assert len(ctx.steps) == len(want.layer_errors) == 14
 
 
 def test_parameters_that_no_reader_takes_are_refused():

@@ -206,6 +206,20 @@ def test_values_beyond_float16_are_refused(tmp_path):
     assert not (tmp_path / "q").exists()
 
 
+@pytest.mark.parametrize("head", [False, True])
+@pytest.mark.parametrize("names", [{"lm_head"}, {"lm_head", "model.embed_tokens"}])
+def test_a_tied_table_is_stored_once_whatever_it_is_called(source, written, tmp_path, names, head):
+    tensors = tensors_of(source)
+    table = tensors.pop("model.embed_tokens.weight")
+    shutil.copytree(source, tmp_path / "s")
+    replaced(tmp_path / "s", tensors | {f"{name}.weight": table.clone() for name in names})
+    write_checkpoint(tmp_path / "s", tmp_path / "q", rounded(source), form(), write_head=head)
+    extra = {"lm_head.weight"} if head else set()
+    assert tensors_of(tmp_path / "q").keys() == tensors_of(written).keys() | extra
+    with torch.no_grad():
+        assert torch.equal(load(tmp_path / "q")(IDS).logits, load(written)(IDS).logits)
+
+
 def test_another_copy_of_the_weights_beside_the_model_is_not_taken_along(source, tmp_path):
     """Some models lie twice on the Hub, the second time in the names of another program."""
     shutil.copytree(source, tmp_path / "source")

@@ -112,14 +112,18 @@ def _entries(
     model = outline(source, tensors=len(stored.names))
     weights = _weights(source, stored, linears, form.bits)
     tied = _tied_head(model)
+    # One table under two names: some files have it by the name of the head alone, some by both.
+    table = None if tied is None else tied[1] if tied[1] in stored.names else tied[0]
     entries = []
     for name in stored.names:
         if name in weights:
             entries.append(_packed(weights[name], linears, _shape(stored, name), form))
+        elif tied is not None and name == table:
+            entries.append(_plain(stored, name, tied[1]))
         elif tied is None or name != tied[0]:
             entries.append(_plain(stored, name, name))
-    if tied is not None and write_head:
-        entries.append(_plain(stored, tied[1] if tied[1] in stored.names else tied[0], tied[0]))
+    if tied is not None and table is not None and write_head:
+        entries.append(_plain(stored, table, tied[0]))
     return entries
 
 

@@ -127,7 +127,7 @@ class GptqQuantizer:
             layer_errors={layer.name: layer.error for layer in figures},
             rtn_errors={layer.name: layer.rtn_error for layer in figures},
             kept_rtn=[layer.name for layer in figures if layer.kept == "rtn"],
-            notes=[f"{layer.name}: {layer.note}" for layer in figures if layer.note],
+            notes=[*(f"{layer.name}: {layer.note}" for layer in figures if layer.note), *form.notes()],
         )
 
     def _elsewhere(
@@ -170,7 +170,7 @@ class GptqQuantizer:
             # A backend's losses are in a unit of its own, and nothing to compare ours with.
             layer_errors={name: lost_weight(linears[name].weight, result.linears[name]) for name in linears},
             kept_rtn=result.fell_back,
-            notes=(f"quantised by {result.program}; {_OF_WEIGHTS}",),
+            notes=[f"quantised by {result.program}; {_OF_WEIGHTS}", *form.notes()],
         )
 
 

@@ -51,7 +51,9 @@ class RtnQuantizer:
             bits=params.bits, group_size=group_size, sym=params.sym, lm_head=params.lm_head, desc_act=False
         )
         size = write_checkpoint(model_dir, out_dir, linears, form, write_head=False)
-        return QuantizedInfo(bits=params.bits, group_size=group_size, bytes_on_disk=size, layer_errors=errors)
+        return QuantizedInfo(
+            bits=params.bits, group_size=group_size, bytes_on_disk=size, layer_errors=errors, notes=form.notes()
+        )
 
 
 def _rounded(
