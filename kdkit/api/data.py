@@ -353,10 +353,11 @@ class QuantizedInfo:
         bits: Of a weight.
         group_size: Weights that share a scale; -1 is a whole row.
         bytes_on_disk: Of the weight files.
-        layer_errors: Relative squared error by layer, of its outputs on the rows of calibration, or of its weights
-            where there are none.
-        rtn_errors: The same figures for rounding to nearest, where that was computed.
-        kept_rtn: Layers that are rounded to nearest because that was better.
+        layer_errors: Relative squared error by layer: of its outputs on the rows of calibration where ``rtn_errors``
+            is given, else of its weights.
+        rtn_errors: The same figures for rounding to nearest, where outputs were compared.
+        kept_rtn: Layers among them that are rounded to nearest after all, because that was better or nothing else
+            worked.
         notes: What the person who runs the recipe should know, one line each; never text of calibration.
     """
 

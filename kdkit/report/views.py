@@ -157,7 +157,8 @@ def pair_tables(report: Report) -> Iterator[Table]:
 def quantization_table(report: Report) -> Table | None:
     """What was done to every quantised model and what it costs; None without one.
 
-    Errors are means over layers: of outputs where the quantizer looked at rows, of weights where it did not.
+    Errors are means over layers: of outputs where the quantizer says what rounding to nearest would lose, else of
+    weights.
     """
     found = [(name, model, model["quantization"]) for name, model in report["models"].items() if quantization(model)]
     header = ("model", "quantizer", "bits", "group\n(weights)", "bytes per\nparameter", "lost output",
@@ -181,7 +182,7 @@ def _quantization_cells(model: Mapping[str, Any], facts: Mapping[str, Any]) -> I
     yield MISSING if group is None else "row" if group == -1 else f"{group:,}"
     yield bytes_per_parameter(model)
     yield from (lost, nearest, MISSING) if calibrated else (MISSING, MISSING, lost)
-    yield f"{kept:,} of {len(facts['layer_errors']):,}" if calibrated else MISSING
+    yield f"{kept:,} of {len(facts['layer_errors']):,}" if calibrated or kept else MISSING
 
 
 def bytes_per_parameter(model: Mapping[str, Any]) -> str:

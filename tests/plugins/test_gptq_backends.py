@@ -184,6 +184,11 @@ def test_gptqmodel_would_leave_out_short_rows():
         gptqmodel.check(make_job(rows=[[1] * 10, []]))
 
 
+def test_a_head_that_gptqmodel_would_quantise_in_another_way_is_refused():
+    with pytest.raises(ModelError, match=r"8 bits and groups of 32.*backend: reference"):
+        gptqmodel.check(make_job(lm_head=True, rows=[[1] * 11]))
+
+
 @pytest.mark.parametrize(("setting", "message"), [("sym", "zero point is 0"), ("lm_head", "output projection")])
 def test_what_auto_gptq_cannot_do_is_refused(setting, message):
     auto_gptq.check(make_job())

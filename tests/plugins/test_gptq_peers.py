@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -16,15 +17,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kdkit.api import Model
+from kdkit.api import Example, Message, Model
 from kdkit.models.load import load_model
 from kdkit.models.quantized.checkpoint import GptqFormat, read_checkpoint, write_checkpoint
 from kdkit.models.quantized.grid import GridSettings
 from kdkit.models.quantized.layers import blocks, quantizable
-from kdkit.models.quantized.linear import round_to_nearest
 from kdkit.plugins.quantizers.backends import environment, gptqmodel
 from kdkit.plugins.quantizers.backends.peer import PeerJob
+from kdkit.plugins.quantizers.gptq import GptqQuantizer
+from kdkit.plugins.quantizers.gptq_plugin import GptqParams
 from kdkit.plugins.quantizers.gptq_solver import SolverSettings, solve
+from kdkit.testing.conformance.quantizer import PretendContext
 from kdkit.testing.tiny import tiny_tokenizer
 
 STATE = environment.gptqmodel_state()
@@ -36,16 +39,24 @@ pytestmark = [
 PEER = Path(__file__).with_name("gptq_peer.py")
 IDS = [(7 * place * place + 3 * place) % 256 for place in range(48)]
 SETTINGS = {"bits": 4, "group_size": 32, "damp_percent": 0.05}
+LLAMA, QWEN2 = {"architecture": "llama"}, {"architecture": "qwen2"}
 CASES = {
-    "llama-sym": {"architecture": "llama", "sym": True},
-    "llama-asym": {"architecture": "llama", "sym": False},
-    "qwen2-biases": {"architecture": "qwen2", "sym": True},
-    "qwen2-asym": {"architecture": "qwen2", "sym": False},
-    "one-layer-untied": {"architecture": "llama", "sym": True, "layers": 1, "tied": False},
+    "llama-sym": (LLAMA, {}),
+    "llama-asym": (LLAMA, {"sym": False, "group_size": 64}),
+    "llama-order": (LLAMA, {"static_groups": False}),
+    "llama-order-asym": (LLAMA, {"static_groups": False, "sym": False}),
+    "llama-row": (LLAMA, {"group_size": -1}),
+    "llama-2-bits": (LLAMA, {"bits": 2}),
+    "llama-8-bits-asym": (LLAMA, {"bits": 8, "sym": False}),
+    "qwen2-biases": (QWEN2, {"group_size": 64}),
+    "qwen2-asym": (QWEN2, {"sym": False}),
+    "qwen2-order": (QWEN2, {"static_groups": False}),
+    "one-layer-untied": ({"architecture": "llama", "layers": 1, "tied": False}, {"group_size": "auto"}),
+    "head": ({"architecture": "llama", "layers": 1, "tied": False, "vocab": 272}, {"lm_head": True}),
 }
 
 
-def save_model(path, *, architecture, layers=2, tied=True):
+def save_model(path, *, architecture, layers=2, tied=True, vocab=259):
     """Grouped heads (two of keys for four of queries); Qwen2 with biases that matter."""
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
@@ -54,7 +65,7 @@ def save_model(path, *, architecture, layers=2, tied=True):
         "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     }[architecture]
     config = config_type(
-        vocab_size=259,
+        vocab_size=vocab,
         hidden_size=128,
         intermediate_size=256,
         num_hidden_layers=layers,
@@ -92,15 +103,16 @@ def form_of(*, sym):
     )
 
 
-def write_nearest(source, out, *, sym):
-    model = load_model(Model(path=source), dtype=torch.float32)
-    settings = GridSettings(bits=4, sym=sym, mse=0.0)
-    linears = {
-        name: round_to_nearest(linear.weight, settings, 32)
-        for name, linear in quantizable(model, lm_head=False).items()
-    }
-    write_checkpoint(source, out, linears, form_of(sym=sym), write_head=False)
-    return out
+def quantise(source, work, **params):
+    """kdkit's own GPTQ on rows of random letters; the checkpoint."""
+    letters = random.Random(0)
+    rows = ["".join(chr(letters.randrange(32, 120)) for _ in range(200)) for _ in range(16)]
+    for name in ("out", "checkpoints", "run"):
+        (work / name).mkdir(parents=True)
+    ctx = PretendContext(out=work / "out", checkpoints=work / "checkpoints", run_dir=work / "run")
+    examples = [Example(id=str(number), prompt=row) for number, row in enumerate(rows)]
+    GptqQuantizer(GptqParams(**{"group_size": 32, **params})).quantize(source, examples, work / "out" / "model", ctx)
+    return work / "out" / "model"
 
 
 def ask(tasks, directory):
@@ -123,10 +135,8 @@ def ask(tasks, directory):
 def answers(tmp_path_factory):
     """Logits of every case by both readers, and by kdkit in float32 and bfloat16."""
     directory, tasks = tmp_path_factory.mktemp("peers"), []
-    for name, case in CASES.items():
-        shape = {key: value for key, value in case.items() if key != "sym"}
-        source = save_model(directory / f"{name}-source", **shape)
-        path = write_nearest(source, directory / name, sym=case["sym"])
+    for name, (shape, params) in CASES.items():
+        path = quantise(save_model(directory / f"{name}-source", **shape), directory / name, **params)
         for reader in ("gptqmodel", "transformers"):
             out = str(directory / f"{name}.{reader}")
             tasks.append({"do": reader, "path": str(path), "ids": IDS, "out": out})
@@ -153,10 +163,15 @@ def test_what_kdkit_writes_is_read_alike(answers, name, reader):
         except PackageNotFoundError:
             pytest.skip("transformers reads GPTQ with optimum: pip install 'kdkit[gptq]'")
     theirs = load_file(answers / f"{name}.{reader}")["logits"]
-    exact, rounded = (forward(answers / name, dtype) for dtype in (torch.float32, torch.bfloat16))
-    # Kernels compute in bfloat16; what that does to the same weights is the measure.
-    assert rms(theirs - exact) < 2 * rms(rounded - exact)
-    assert rms(rounded - exact) < 0.05 * rms(exact)
+    exact, rounded = (forward(answers / name / "out" / "model", dtype) for dtype in (torch.float32, torch.bfloat16))
+    if (name, reader) == ("head", "transformers"):
+        # It puts random numbers in the place of a quantised output projection, without a word; kdkit says so.
+        assert rms(theirs - exact) > 0.5 * rms(exact)
+        return
+    # Kernels compute in bfloat16; what that does to the same weights is the measure. Rounding in another order moves
+    # logits elsewhere and about as far: 0.96 to 1.11 times as far was seen.
+    assert rms(theirs - exact) < 1.25 * rms(rounded - exact)
+    assert rms(rounded - exact) < 0.02 * rms(exact)
 
 
 @pytest.fixture(scope="module", params=["sym", "asym"])
@@ -194,8 +209,8 @@ def test_gptqmodels_checkpoint_is_read_as_it_reads_it(theirs):
     assert set(result.linears) == set(weights) == set(job.shapes)
     for name, linear in result.linears.items():
         ours, own = linear.dequantized(torch.float32), weights[name]
-        # It multiplies in float16.
-        assert float((ours - own).abs().max()) <= 2**-10 * float(own.abs().max()), name
+        # It multiplies in float16, which rounds by half a unit in the last of 11 places.
+        assert bool(((ours - own).abs() <= 2**-11 * ours.abs() + 2**-25).all()), name
         assert bool((linear.g_idx == torch.arange(linear.g_idx.numel()) // 32).all()), name
     assert result.program == f"gptqmodel {version('gptqmodel')}"
     assert set(result.losses) == set(job.shapes)
@@ -234,10 +249,6 @@ class Stage:
 
 def test_the_quantizer_with_backend_gptqmodel(tmp_path, monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")  # where the extension is that gptqmodel compiles once on a machine
-    from kdkit.api import Example, Message
-    from kdkit.plugins.quantizers.gptq import GptqQuantizer
-    from kdkit.plugins.quantizers.gptq_plugin import GptqParams
-
     source = save_model(tmp_path / "source", architecture="llama", layers=1)
     texts = [f"A sentence that nobody else has written, number {number}." for number in range(6)]
     rows = [Example(id=str(n), prompt=(Message("user", "Say it."),), completion=text) for n, text in enumerate(texts)]
@@ -245,6 +256,8 @@ def test_the_quantizer_with_backend_gptqmodel(tmp_path, monkeypatch):
     quantizer = GptqQuantizer(GptqParams(backend="gptqmodel", group_size=32))
     info = quantizer.quantize(source, rows, tmp_path / "out", stage)
     assert (info.bits, info.group_size) == (4, 32)
+    assert set(info.kept_rtn) <= set(info.layer_errors)
+    assert all(0 < error < 0.1 for error in info.layer_errors.values())
     assert stage.steps == [(1, 1)]
     assert not list(stage.checkpoints.iterdir())
     form, linears = read_checkpoint(tmp_path / "out")

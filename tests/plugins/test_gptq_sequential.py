@@ -17,7 +17,7 @@ from torch import nn
 from kdkit.api.errors import DataError, EnvironmentUnmet, ModelError, Stopped
 from kdkit.models.quantized.grid import GridSettings
 from kdkit.models.quantized.layers import blocks, quantizable
-from kdkit.plugins.quantizers import block_pass, calls
+from kdkit.plugins.quantizers import block_pass, calls, gptq_solver
 from kdkit.plugins.quantizers.calls import plan_of
 from kdkit.plugins.quantizers.gptq_solver import SolverSettings, solve
 from kdkit.plugins.quantizers.hessian import Hessian
@@ -189,10 +189,12 @@ def test_padding_batches_and_kept_outputs_change_nothing(tmp_path, monkeypatch):
     want, _ = quantise(tiny_model(), tmp_path / "a", rows=rows)
     monkeypatch.setattr(calls, "BATCH_TOKENS", 1)
     one_by_one, _ = quantise(tiny_model(), tmp_path / "b", rows=rows)
-    monkeypatch.setattr(block_pass, "KEPT_BYTES", 0)
-    nothing_kept, _ = quantise(tiny_model(), tmp_path / "c", rows=rows[::-1])
     same(one_by_one, want)
-    same(nothing_kept, want)
+    # Room for nothing, and for what some of the rows make of a layer.
+    for room in (0, 20_000):
+        monkeypatch.setattr(block_pass, "KEPT_BYTES", room)
+        less_kept, _ = quantise(tiny_model(), tmp_path / str(room), rows=rows[::-1])
+        same(less_kept, want)
 
 
 def test_what_padding_looks_like_is_never_seen(tmp_path, monkeypatch):
@@ -225,7 +227,8 @@ def test_a_block_that_writes_to_what_its_parts_returned(tmp_path, monkeypatch):
     same(got, reference(copy, llama_groups(copy), make_rows()))
 
 
-def test_finished_layers_do_not_work_again(tmp_path, monkeypatch):
+def work_of_layers(tmp_path, monkeypatch):
+    """How often each kind of layer of a model of one block is run."""
     model = tiny_model(layers=1)
     linears = quantizable(model, lm_head=False)
     worked = dict.fromkeys(linears, 0)
@@ -238,8 +241,22 @@ def test_finished_layers_do_not_work_again(tmp_path, monkeypatch):
 
     monkeypatch.setattr(nn.Linear, "forward", counting)
     quantise(model, tmp_path)
+    return {name.rsplit(".", 1)[1]: count for name, count in worked.items()}
+
+
+def test_finished_layers_do_not_work_again(tmp_path, monkeypatch):
+    worked = work_of_layers(tmp_path, monkeypatch)
     # Twice to look how the model works, and once for all rows, which are one batch.
     assert worked == dict.fromkeys(worked, 3)
+
+
+def test_no_more_is_kept_than_there_is_room_for(tmp_path, monkeypatch):
+    (batch,) = calls.batches(make_rows(), "cpu")
+    # q, k and v put out 32 + 16 + 16 float64 for every token; the 32 of attention come on top.
+    monkeypatch.setattr(block_pass, "KEPT_BYTES", batch.ids.numel() * 64 * 8)
+    worked = work_of_layers(tmp_path, monkeypatch)
+    assert {worked[name] for name in ("q_proj", "k_proj", "v_proj")} == {3}
+    assert worked["o_proj"] == 5
 
 
 def test_memory_of_finished_blocks_is_given_back(tmp_path):
@@ -259,6 +276,14 @@ def test_lower_precision_computes_but_does_not_round_the_weights(tmp_path):
     assert all(layer.error < layer.rtn_error for layer in figures)
 
 
+def test_lower_precision_leaves_the_tables_of_angles_alone(tmp_path):
+    """In bfloat16 a position of some hundreds would be another one."""
+    model = tiny_model()
+    quantise(model, tmp_path, replace(SETTINGS, compute=torch.bfloat16))
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert model.model.embed_tokens.weight.dtype == torch.bfloat16
+
+
 # --- what is told, refused and stopped --------------------------------------------------------------------------------
 
 
@@ -269,6 +294,13 @@ def test_every_layer_is_told_with_its_errors(tmp_path):
     assert [values["error"] for _, _, values in ctx.steps] == [layer.error for layer in figures]
     assert [values["quantize/rtn_error"] for _, values in ctx.values] == [layer.rtn_error for layer in figures]
     assert ctx.logs == []
+
+
+def test_more_damping_than_asked_for_is_told(tmp_path, monkeypatch):
+    factor, ctx = gptq_solver._factor, Context(tmp_path)
+    monkeypatch.setattr(gptq_solver, "_factor", lambda *given: (factor(*given)[0], 0.3))
+    _, figures = quantise(tiny_model(), tmp_path, ctx=ctx)
+    assert ctx.logs == [f"{layer.name}: took damping 0.3" for layer in figures]
 
 
 def test_weights_and_inputs_that_are_not_finite_are_refused_by_name(tmp_path):
@@ -327,6 +359,11 @@ def test_a_stop_keeps_finished_blocks_and_the_next_run_goes_on(tmp_path):
     same(got, want)
     assert figures == all_figures
     assert [step for step, _, _ in ctx.steps] == list(range(8, 22))
+
+
+def test_a_stop_after_the_last_layer_lets_it_finish(tmp_path):
+    got, _ = quantise(tiny_model(), tmp_path, ctx=Context(tmp_path, stop_at=14))
+    assert len(got) == 14
 
 
 @pytest.mark.parametrize("killed_at", [1, 7, 8, 14, 15])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,18 +11,23 @@ import torch
 from pydantic import ValidationError
 from safetensors import safe_open
 from test_gptq_sequential import Context
+from transformers import OPTConfig, OPTForCausalLM
 
 from kdkit.api import Example, Message, Model
 from kdkit.api.errors import DataError, ModelError, Stopped
 from kdkit.models.load import load_model
 from kdkit.models.quantized.checkpoint import read_checkpoint
 from kdkit.models.quantized.grid import GridSettings
+from kdkit.models.quantized.layers import quantizable
 from kdkit.models.quantized.linear import round_to_nearest
 from kdkit.plugins.quantizers import gptq
+from kdkit.plugins.quantizers.backends.peer import PeerResult
 from kdkit.plugins.quantizers.gptq import GptqQuantizer, calibration_rows
 from kdkit.plugins.quantizers.gptq_plugin import GPTQ, GptqParams
+from kdkit.plugins.quantizers.rtn import RtnQuantizer
+from kdkit.plugins.quantizers.rtn_plugin import RtnParams
 from kdkit.testing.conformance import QuantizerConformance
-from kdkit.testing.tiny import save_tiny_model, tiny_tokenizer
+from kdkit.testing.tiny import save_tiny_model, tiny_model, tiny_tokenizer
 
 SECRET = "The password of the safe is swordfish"
 ROWS = [
@@ -115,6 +121,10 @@ def test_the_head_is_quantised_when_it_is_no_embedding(models, tmp_path):
     assert list(info.layer_errors)[-1] == "lm_head"
     assert linears["lm_head"].codes.shape == (264, 32)
     assert info.layer_errors["lm_head"] < info.rtn_errors["lm_head"]
+    assert "transformers puts random numbers" in info.notes[-1]
+    assert RtnQuantizer(RtnParams(lm_head=True)).quantize(
+        models / "untied", [], tmp_path / "rtn", StageContext(tmp_path)
+    ).notes == [info.notes[-1]]
     with pytest.raises(ModelError, match="tied"):
         quantise(models, tmp_path / "tied", lm_head=True)
 
@@ -167,6 +177,93 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path):
         quantise(tmp_path, tmp_path, "small")
 
 
+def stored_without_prefix(path):
+    """A checkpoint of the trunk alone, which transformers reads as the whole tied model."""
+    model = tiny_model(seed=1)
+    model.model.save_pretrained(path)
+    model.config.save_pretrained(path)
+
+
+def beyond_float16(path):
+    model = tiny_model(seed=1)
+    model.model.norm.weight.data[3] = 1e6
+    model.save_pretrained(path)
+
+
+@pytest.mark.parametrize(
+    ("save", "text"), [(stored_without_prefix, "stored by other names"), (beyond_float16, "not finite in float16")]
+)
+def test_what_cannot_be_written_is_refused_before_the_work(tmp_path, save, text):
+    save(tmp_path / "source")
+    tiny_tokenizer().save_pretrained(tmp_path / "source")
+    ctx = StageContext(tmp_path)
+    with pytest.raises(ModelError, match=text):
+        quantise(tmp_path, tmp_path, "source", ctx=ctx)
+    assert ctx.steps == []
+    with pytest.raises(ModelError, match=text):
+        RtnQuantizer(RtnParams()).quantize(tmp_path / "source", [], tmp_path / "out", ctx)
+    assert ctx.steps == []
+
+
+def test_rows_are_cut_where_the_positions_of_the_model_end(tmp_path):
+    """OPT has a table of positions, and no row behind its end."""
+    sizes = {"vocab_size": 259, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1, "ffn_dim": 64}
+    model = OPTForCausalLM(OPTConfig(**sizes, max_position_embeddings=48, word_embed_proj_dim=32))
+    model.save_pretrained(tmp_path / "opt")
+    tiny_tokenizer().save_pretrained(tmp_path / "opt")
+    _, out, ctx = quantise(tmp_path, tmp_path, "opt")
+    assert "calibration: rows are cut at 48 tokens, all that the model has positions for" in ctx.logs
+    assert f"{len(ROWS)} rows, {48 * len(ROWS):,} tokens" in " ".join(ctx.logs)
+    assert len(read_checkpoint(out)[1]) == 6
+    _, _, ctx = quantise(tmp_path, tmp_path / "short", "opt", max_length=40)
+    assert not any("cut at" in line for line in ctx.logs)
+
+
+def backend_that_rounds(monkeypatch, name="model.layers.1.mlp.up_proj"):
+    """Stands in for gptqmodel: it quantises all layers alike, and says that one of them fell back."""
+    asked = []
+
+    def work(backend, job, _ctx):
+        asked.append(job)
+        linears = quantizable(load_model(Model(path=job.source), dtype=torch.float32), lm_head=job.lm_head)
+        grid = GridSettings(bits=job.bits, sym=job.sym, mse=0.0)
+        made = {key: round_to_nearest(linear.weight, grid, job.group_size) for key, linear in linears.items()}
+        return PeerResult(linears=made, program=f"{backend} 7.6.0", losses={name: 3.0}, fell_back=(name,))
+
+    monkeypatch.setattr("kdkit.plugins.quantizers.backends.gptqmodel.ready", lambda: None)
+    monkeypatch.setattr("kdkit.plugins.quantizers.backends.work.work_elsewhere", work)
+    return asked
+
+
+def test_another_program_gives_the_errors_of_its_weights(models, tmp_path, monkeypatch):
+    asked = backend_that_rounds(monkeypatch)
+    info, out, _ = quantise(models, tmp_path, backend="gptqmodel", group_size=16)
+    _, linears = read_checkpoint(out)
+    source = load_model(Model(path=models / "tied"), dtype=torch.float32)
+    assert list(info.layer_errors) == list(asked[0].shapes)
+    assert info.kept_rtn == ("model.layers.1.mlp.up_proj",)
+    assert set(info.kept_rtn) <= set(info.layer_errors)
+    assert info.rtn_errors == {}
+    for name, linear in linears.items():
+        weight = source.get_submodule(name).weight.detach()
+        lost = (linear.dequantized(torch.float32) - weight).square().sum() / weight.square().sum()
+        assert info.layer_errors[name] == pytest.approx(float(lost), rel=1e-5)
+    assert "quantised by gptqmodel 7.6.0; the errors of its layers are of weights" in info.notes[0]
+
+
+def test_a_model_without_numbers_is_not_given_to_another_program(tmp_path, monkeypatch):
+    """gptqmodel rounds all layers to nearest then, and goes on."""
+    asked = backend_that_rounds(monkeypatch)
+    model = tiny_model()
+    model.model.layers[0].input_layernorm.weight.data.fill_(6e4)
+    model.model.layers[0].mlp.down_proj.weight.data.fill_(3e38)
+    model.save_pretrained(tmp_path / "source")
+    tiny_tokenizer().save_pretrained(tmp_path / "source")
+    with pytest.raises(ModelError, match="outputs on the calibration rows are not finite"):
+        quantise(tmp_path, tmp_path, "source", backend="gptqmodel")
+    assert asked == []
+
+
 def test_layers_that_stay_rounded_to_nearest_are_told(models, tmp_path, monkeypatch):
     monkeypatch.setattr("kdkit.plugins.quantizers.gptq_solver._factor", lambda *_args: (None, 1.0))
     info, _, ctx = quantise(models, tmp_path)
@@ -193,15 +290,42 @@ def test_a_stopped_run_goes_on_and_ends_in_the_same_files(models, tmp_path):
 def test_rows_are_prompt_and_answer_as_in_training_and_cut():
     logs: list[str] = []
     tokenizer = tiny_tokenizer()
-    examples = [*ROWS[:2], Example(id="text", prompt="x" * 100), Example(id="short", prompt="abc")]
-    rows = calibration_rows(examples, tokenizer, max_length=80, log=logs.append)
-    assert [len(row) for row in rows] == [80, 80, 80]
+    texts = [Example(id=str(size), prompt="x" * size) for size in (100, 8, 7)]
+    rows = calibration_rows([*ROWS[:2], *texts], tokenizer, max_length=80, log=logs.append)
+    assert [len(row) for row in rows] == [80, 80, 80, 8]
     assert tokenizer.decode(rows[0]).startswith(
         "<|im_start|>user\nWhat is 0 + 0?<|im_end|>\n<|im_start|>assistant\nIt is 0."
     )
     assert tokenizer.decode(rows[2]) == "x" * 80
-    assert "3 rows, 240 tokens; dropped 1 shorter than 8 tokens" in logs[0]
+    assert "4 rows, 248 tokens; dropped 1 shorter than 8 tokens" in logs[0]
     assert f"fewer than {gptq.FEW:,} tokens" in logs[1]
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_forward_passes_have_the_precision_of_the_stage(models, tmp_path, monkeypatch, precision, dtype):
+    seen = []
+
+    class Watched(gptq.Sequential):
+        def __init__(self, *given):
+            seen.append(given[3].compute)
+            super().__init__(*given)
+
+    monkeypatch.setattr(gptq, "Sequential", Watched)
+    monkeypatch.setattr(StageContext, "precision", lambda _self, _requested: precision)
+    info, _, _ = quantise(models, tmp_path)
+    assert seen == [dtype]
+    assert all(info.layer_errors[name] < info.rtn_errors[name] for name in info.layer_errors)
+
+
+def test_finished_blocks_of_other_weights_are_not_taken(models, tmp_path):
+    want, _, _ = quantise(models, tmp_path / "whole")
+    shutil.copytree(models / "tied", tmp_path / "other")
+    with pytest.raises(Stopped):
+        quantise(models, tmp_path, ctx=StageContext(tmp_path, stop_at=8))
+    tiny_model(seed=1).half().save_pretrained(tmp_path / "other")
+    shutil.copyfile(models / "tied" / "config.json", tmp_path / "other" / "config.json")
+    _, _, ctx = quantise(tmp_path, tmp_path, "other")
+    assert len(ctx.steps) == len(want.layer_errors) == 14
 
 
 def test_parameters_that_no_reader_takes_are_refused():

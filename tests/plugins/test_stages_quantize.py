@@ -162,7 +162,7 @@ def test_rows_of_calibration_are_a_sample(tmp_path):
     info = result.stage("q").outputs["model"].info
     assert (info["kept_rtn"], info["notes"]) == (["b"], ["b is odd"])
     assert "b is odd" in lines
-    assert "1 of 2 layers are rounded to nearest, which was better: b" in lines
+    assert "1 of 2 layers are rounded to nearest: b" in lines
 
 
 def test_a_quantizer_that_writes_half_a_model_is_named(tmp_path):

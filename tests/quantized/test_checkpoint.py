@@ -17,7 +17,7 @@ from kdkit.models.quantized.checkpoint import GptqFormat, read_checkpoint, write
 from kdkit.models.quantized.grid import GridSettings
 from kdkit.models.quantized.layers import quantizable
 from kdkit.models.quantized.linear import QuantizedLinear, round_to_nearest
-from kdkit.models.quantized.tensors import weight_bytes
+from kdkit.models.quantized.tensors import weight_bytes, weight_files
 from kdkit.testing.tiny import save_tiny_model
 
 IDS = torch.arange(3, 40).unsqueeze(0)
@@ -204,6 +204,47 @@ def test_values_beyond_float16_are_refused(tmp_path):
         write_checkpoint(source, tmp_path / "q", rounded(source), form(), write_head=False)
     assert caught.value.where == "model.norm.weight"
     assert not (tmp_path / "q").exists()
+
+
+@pytest.mark.parametrize("head", [False, True])
+@pytest.mark.parametrize("names", [{"lm_head"}, {"lm_head", "model.embed_tokens"}])
+def test_a_tied_table_is_stored_once_whatever_it_is_called(source, written, tmp_path, names, head):
+    tensors = tensors_of(source)
+    table = tensors.pop("model.embed_tokens.weight")
+    shutil.copytree(source, tmp_path / "s")
+    replaced(tmp_path / "s", tensors | {f"{name}.weight": table.clone() for name in names})
+    write_checkpoint(tmp_path / "s", tmp_path / "q", rounded(source), form(), write_head=head)
+    extra = {"lm_head.weight"} if head else set()
+    assert tensors_of(tmp_path / "q").keys() == tensors_of(written).keys() | extra
+    with torch.no_grad():
+        assert torch.equal(load(tmp_path / "q")(IDS).logits, load(written)(IDS).logits)
+
+
+def test_another_copy_of_the_weights_beside_the_model_is_not_taken_along(source, tmp_path):
+    """Some models lie twice on the Hub, the second time in the names of another program."""
+    shutil.copytree(source, tmp_path / "source")
+    save_file({"layers.0.wq.weight": torch.zeros(64, 64)}, tmp_path / "source" / "consolidated.safetensors")
+    assert weight_bytes(tmp_path / "source") == weight_bytes(source)
+    for path, out in ((source, "a"), (tmp_path / "source", "b")):
+        write_checkpoint(path, tmp_path / out, rounded(source), form(), write_head=False)
+    assert tensors_of(tmp_path / "b").keys() == tensors_of(tmp_path / "a").keys()
+
+
+def test_the_files_of_an_index_are_the_model(source, tmp_path):
+    tensors = list(tensors_of(source).items())
+    shutil.copytree(source, tmp_path / "s", ignore=shutil.ignore_patterns("*.safetensors"))
+    for number, part in ((1, tensors[:5]), (2, tensors[5:]), (3, tensors[:2])):
+        save_file(dict(part), tmp_path / "s" / f"m-{number}.safetensors", metadata={"format": "pt"})
+    index = tmp_path / "s" / "model.safetensors.index.json"
+    index.write_text(
+        json.dumps({"weight_map": {name: f"m-{1 + (i >= 5)}.safetensors" for i, (name, _) in enumerate(tensors)}})
+    )
+    assert [file.name for file in weight_files(tmp_path / "s")] == ["m-1.safetensors", "m-2.safetensors"]
+    write_checkpoint(tmp_path / "s", tmp_path / "q", rounded(source), form(), write_head=False)
+    for broken in ("[]", "{}", '{"weight_map": {"a": 1}}'):
+        index.write_text(broken)
+        with pytest.raises(ModelError, match=r"not a JSON object|no weight_map"):
+            weight_bytes(tmp_path / "s")
 
 
 # --- hostile checkpoints ----------------------------------------------------------------------------------------------

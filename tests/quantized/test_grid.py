@@ -185,3 +185,21 @@ def test_groups_in_another_order():
 def test_group_index():
     assert group_index(6, 2).tolist() == [0, 0, 1, 1, 2, 2]
     assert group_index(3, -1).tolist() == [0, 0, 0]
+
+
+def test_the_search_goes_down_to_a_fifth_of_the_range():
+    """One weight of 1 among many of a quarter: the grid with steps of a quarter clips it, and fits all others."""
+    weight = torch.tensor([[1.0, *[0.25, -0.25] * 500]])
+    scale, _ = fit_grid(weight, GridSettings(bits=2, sym=True, mse=2.4))
+    assert float(scale) == pytest.approx(0.25, rel=0.02)
+    weight = torch.tensor([[1.0, *[0.15, -0.15] * 5000]])
+    scale, _ = fit_grid(weight, GridSettings(bits=2, sym=True, mse=2.4))
+    assert float(scale) == pytest.approx(0.15, rel=0.04)
+
+
+@pytest.mark.parametrize("sym", [True, False])
+def test_a_grid_that_is_no_better_is_not_taken(sym):
+    """All grids hold a group of zeros exactly."""
+    plain, searched = (fit_grid(torch.zeros(2, 16), GridSettings(bits=4, sym=sym, mse=mse)) for mse in (0.0, 2.4))
+    assert torch.equal(plain[0], searched[0])
+    assert torch.equal(plain[1], searched[1])

@@ -24,6 +24,7 @@ GPTQ: dict[str, Any] = {
     "notes": ["block.0.<b>down: error 0.06 is above 0.05"],
 }
 GGUF: dict[str, Any] = {"quantizer": "gguf", "bits": 8, "group_size": 32, "layer_errors": {"head": 0.0001, "q": None}}
+PEER: dict[str, Any] = {**GPTQ, "rtn_errors": {}, "notes": []}
 FOREIGN: dict[str, Any] = {"quantizer": "gptq", "bits": 4, "group_size": -1}
 RESULTS = {"data": {"score": metric([1.0, 2.0, 3.0])}}
 
@@ -39,6 +40,7 @@ def report(write):
         "base": model(RESULTS, parameters=1000, bytes=2000),
         "four": made(bytes=600, quantization=GPTQ),
         "file": made(bytes=1060, quantization=GGUF),
+        "peer": made(bytes=600, quantization=PEER),
         "foreign": made(bytes=600, quantization=FOREIGN),
     }
     return collect([write(models)], recipe="r", seed=1)
@@ -49,6 +51,7 @@ def test_the_table_has_the_quantised_models_alone(report) -> None:
     assert {row[0]: row[1:] for row in table.rows} == {
         "four": ("gptq", "4", "64", "0.600", "3.00 %", "4.50 %", "-", "1 of 2"),
         "file": ("gguf", "8", "32", "1.06", "-", "-", "0.0100 %", "-"),
+        "peer": ("gptq", "4", "64", "0.600", "-", "-", "3.00 %", "1 of 2"),
         "foreign": ("gptq", "4", "row", "0.600", "-", "-", "-", "-"),
     }
     assert len(table.header) == 9
@@ -82,8 +85,8 @@ def test_speed_has_load_time_prefill_and_decode(report) -> None:
 
 def test_layers_are_drawn_beside_rounding_to_nearest(report) -> None:
     figures = list(quantization_figures(report))
-    assert [figure.title for figure in figures] == ["four", "file"]
-    four, file = figures
+    assert [figure.title for figure in figures] == ["four", "file", "peer"]
+    four, file, _ = figures
     assert four.svg.count('class="curve') == 2
     assert 'class="curve dashed"' in four.svg
     assert "lost output" in four.facts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -29,9 +29,27 @@ from kdkit.models.quantized.linear import QuantizedLinear
 from kdkit.models.quantized.packing import PARTS, check_packable, pack, unpack
 from kdkit.models.quantized.tensors import Entry, StoredTensors, weight_bytes, write_shards
 
-__all__ = ["GptqFormat", "copy_companions", "outline", "read_checkpoint", "write_checkpoint"]
+__all__ = ["GptqFormat", "check_source", "copy_companions", "outline", "read_checkpoint", "write_checkpoint"]
 
 _COMPANIONS: Final = tuple(name for name in MODEL_FILES if "*" not in name and name != "config.json")
+
+
+def check_source(source: Path, names: Collection[str], *, bits: int) -> None:
+    """Refuse before the work what :func:`write_checkpoint` would refuse after it.
+
+    Args:
+        source: Directory of a plain model.
+        names: The layers that are to be quantised.
+        bits: Width of a code.
+
+    Raises:
+        ModelError: A layer is stored by another name or does not fill whole words, or a value has no float16.
+    """
+    with StoredTensors(source) as stored:
+        weights = _weights(source, stored, names, bits)
+        for name in stored.names:
+            if name not in weights:
+                _in_float16(stored, name)
 
 
 def write_checkpoint(
@@ -92,23 +110,35 @@ def _entries(
 ) -> list[Entry]:
     """What the checkpoint consists of, in the order of the source; every name is checked before anything is written."""
     model = outline(source, tensors=len(stored.names))
-    weights = {f"{name}.weight": name for name in linears}
-    absent = sorted(weights.keys() - set(stored.names))
-    if absent:
-        raise ModelError(
-            f"has no tensor {absent[0]} ({len(absent)} layers are stored by other names)", where=str(source)
-        )
-    check_packable({name: _shape(stored, weight) for weight, name in weights.items()}, form.bits)
+    weights = _weights(source, stored, linears, form.bits)
     tied = _tied_head(model)
+    # One table under two names: some files have it by the name of the head alone, some by both.
+    table = None if tied is None else tied[1] if tied[1] in stored.names else tied[0]
     entries = []
     for name in stored.names:
         if name in weights:
             entries.append(_packed(weights[name], linears, _shape(stored, name), form))
+        elif tied is not None and name == table:
+            entries.append(_plain(stored, name, tied[1]))
         elif tied is None or name != tied[0]:
             entries.append(_plain(stored, name, name))
-    if tied is not None and write_head:
-        entries.append(_plain(stored, tied[1] if tied[1] in stored.names else tied[0], tied[0]))
+    if tied is not None and table is not None and write_head:
+        entries.append(_plain(stored, table, tied[0]))
     return entries
+
+
+def _weights(source: Path, stored: StoredTensors, names: Collection[str], bits: int) -> dict[str, str]:
+    """Tensor to layer for the layers ``names``, all of which are there and fill whole words."""
+    weights = {f"{name}.weight": name for name in names}
+    absent = sorted(weights.keys() - set(stored.names))
+    if absent:
+        raise ModelError(
+            f"has no tensor {absent[0]} ({len(absent)} layers are stored by other names)",
+            where=str(source),
+            hint="load the model and save it again with save_pretrained",
+        )
+    check_packable({name: _shape(stored, weight) for weight, name in weights.items()}, bits)
+    return weights
 
 
 def _shape(stored: StoredTensors, name: str) -> tuple[int, int]:
@@ -144,11 +174,7 @@ def _packed(name: str, linears: Mapping[str, QuantizedLinear], shape: tuple[int,
 
 def _plain(stored: StoredTensors, name: str, as_name: str) -> Entry:
     def make() -> dict[str, Tensor]:
-        tensor = stored.read(name)
-        if tensor.is_floating_point():
-            tensor = tensor.to(torch.float16)
-            if not bool(tensor.isfinite().all()):
-                raise ModelError("has values that are not finite in float16", where=name)
+        tensor = _in_float16(stored, name)
         # A second copy of a tensor needs memory of its own: the writer refuses names that share it.
         return {as_name: tensor.contiguous() if as_name == name else tensor.clone().contiguous()}
 
@@ -156,6 +182,15 @@ def _plain(stored: StoredTensors, name: str, as_name: str) -> Entry:
     for size in stored.shape(name):
         count *= size
     return Entry(2 * count, make)
+
+
+def _in_float16(stored: StoredTensors, name: str) -> Tensor:
+    tensor = stored.read(name)
+    if tensor.is_floating_point():
+        tensor = tensor.to(torch.float16)
+        if not bool(tensor.isfinite().all()):
+            raise ModelError("has values that are not finite in float16", where=name)
+    return tensor
 
 
 def outline(path: Path, *, tensors: int, trust_remote_code: bool = False) -> PreTrainedModel:

@@ -51,6 +51,11 @@ class GptqFormat:
         """The version that most readers take: ``gptq`` for symmetric grids, ``gptq_v2`` for others."""
         return cls(sym=sym, version=1 if sym else 2, **rest)
 
+    def notes(self) -> list[str]:
+        """What the person who passes the checkpoint on should know."""
+        random = "transformers puts random numbers in the place of a quantised output projection, without a word"
+        return [f"{random}: read this checkpoint with kdkit or gptqmodel"] if self.lm_head else []
+
     def config(self) -> dict[str, Any]:
         """The entries for other readers, the same in both files. No path, no text of calibration."""
         name = next(name for name, version in _VERSIONS.items() if version == self.version)

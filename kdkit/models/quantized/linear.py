@@ -11,7 +11,7 @@ from torch import Tensor
 from kdkit.api.errors import ModelError
 from kdkit.models.quantized.grid import GridSettings, fit_grid, resolve_group_size, to_codes
 
-__all__ = ["QuantizedLinear", "group_index", "round_to_nearest"]
+__all__ = ["QuantizedLinear", "group_index", "lost_weight", "round_to_nearest"]
 
 _CHUNK: Final = 2**18
 """Weights fitted at once: the search of the grid makes several copies of them, which should stay in the cache."""
@@ -41,6 +41,13 @@ class QuantizedLinear:
         # Whole numbers below 2^8 times a float16: exact in float32, so that only the last step rounds.
         weight = self.codes.float().sub_(self.zeros.float()[:, groups])
         return weight.mul_(self.scales.float()[:, groups]).to(dtype)
+
+
+def lost_weight(weight: Tensor, linear: QuantizedLinear) -> float:
+    """The square of what ``linear`` misses of a weight [out, in], relative to the square of the weight."""
+    exact = weight.detach().float()
+    square = float(exact.square().sum())
+    return float((linear.dequantized(torch.float32) - exact).square().sum()) / square if square else 0.0
 
 
 def group_index(width: int, group_size: int) -> Tensor:

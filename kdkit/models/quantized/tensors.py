@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kdkit.api.errors import ModelError
+from kdkit.models.quantized.form import read_json
 
 __all__ = ["Entry", "StoredTensors", "weight_bytes", "weight_files", "write_shards"]
 
@@ -23,8 +24,27 @@ _SHARD_BYTES: Final = 4 * 2**30
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The files with the weights of a model directory: those of its index, else every safetensors or GGUF file."""
+    """The files with the weights of a model directory, chosen as transformers does.
+
+    That is ``model.safetensors``, else the files of the index, else every safetensors or GGUF file. Another copy of the
+    weights beside them, such as the ``consolidated.safetensors`` of some models on the Hub, is no part of the model.
+
+    Raises:
+        ModelError: The index cannot be read.
+    """
+    whole, index = path / "model.safetensors", path / _INDEX
+    if whole.is_file():
+        return [whole]
+    if index.is_file():
+        return sorted({path / Path(name).name for name in _weight_map(index).values()})
     return sorted(path.glob("*.safetensors")) or sorted(path.glob("*.gguf"))
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    found = read_json(index).get("weight_map")
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
+        raise ModelError("has no weight_map from tensors to files", where=str(index))
+    return found
 
 
 def weight_bytes(path: Path) -> int:
@@ -45,8 +65,9 @@ class StoredTensors:
     def __init__(self, path: Path) -> None:
         self._files: dict[str, tuple[Path, Any]] = {}
         with ExitStack() as stack:
-            for file in sorted(path.glob("*.safetensors")):
-                self._open(file, stack)
+            for file in weight_files(path):
+                if file.suffix == ".safetensors":
+                    self._open(file, stack)
             if not self._files:
                 raise ModelError("has no tensors in safetensors files", where=str(path))
             self._stack = stack.pop_all()

@@ -44,12 +44,14 @@ class GptqParams(Params):
     block_size: int = Field(128, ge=1)
     """Columns whose errors are gathered before the rest makes up for them; changes speed only."""
     lm_head: bool = False
-    """Quantise the output projection, too. Refused when it is the embedding itself (tied), as in most small models."""
+    """Quantise the output projection, too. Refused when it is the embedding itself (tied), as in most small models.
+    gptqmodel reads such a checkpoint; transformers puts random numbers in the place of the projection. Only with the
+    backend ``reference``."""
     target: Literal["any", "auto-gptq"] = "any"
     """``auto-gptq`` writes the output projection even when it is the embedding itself: that reader takes zeros for
     weights that a file leaves out. The file grows by the size of the embedding."""
     max_length: int = Field(512, ge=16)
-    """Tokens kept of every calibration row."""
+    """Tokens kept of every calibration row, and never more than the model has positions for."""
 
     @model_validator(mode="after")
     def _readable(self) -> GptqParams:

@@ -6,17 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from kdkit.api.data import QuantizedInfo
 from kdkit.api.errors import ModelError, Stopped
 from kdkit.models.pretrained import read_model
-from kdkit.models.quantized.checkpoint import GptqFormat, write_checkpoint
+from kdkit.models.quantized.checkpoint import GptqFormat, check_source, write_checkpoint
 from kdkit.models.quantized.form import refuse_quantized
 from kdkit.models.quantized.grid import GridSettings, resolve_group_size
 from kdkit.models.quantized.layers import quantizable
-from kdkit.models.quantized.linear import QuantizedLinear, round_to_nearest
-from kdkit.models.quantized.packing import check_packable
+from kdkit.models.quantized.linear import QuantizedLinear, lost_weight, round_to_nearest
 
 if TYPE_CHECKING:
     from torch import nn
@@ -47,14 +44,16 @@ class RtnQuantizer:
         refuse_quantized(model_dir)
         layers = quantizable(read_model(model_dir, dtype="auto"), lm_head=params.lm_head)
         group_size = resolve_group_size(params.group_size, (layer.in_features for layer in layers.values()))
-        check_packable({name: (layer.out_features, layer.in_features) for name, layer in layers.items()}, params.bits)
+        check_source(model_dir, layers, bits=params.bits)
         ctx.log(f"rounding {len(layers)} layers to {params.bits} bits, group_size {group_size}")
         linears, errors = _rounded(layers, params, group_size, ctx)
         form = GptqFormat.standard(
             bits=params.bits, group_size=group_size, sym=params.sym, lm_head=params.lm_head, desc_act=False
         )
         size = write_checkpoint(model_dir, out_dir, linears, form, write_head=False)
-        return QuantizedInfo(bits=params.bits, group_size=group_size, bytes_on_disk=size, layer_errors=errors)
+        return QuantizedInfo(
+            bits=params.bits, group_size=group_size, bytes_on_disk=size, layer_errors=errors, notes=form.notes()
+        )
 
 
 def _rounded(
@@ -72,10 +71,7 @@ def _rounded(
             linear = round_to_nearest(weight, grid, group_size)
         except ModelError as error:
             raise ModelError(error.what, where=name, allowed=error.allowed, hint=error.hint) from error
-        exact = weight.float()
-        square = float(exact.square().sum())
-        lost = float((linear.dequantized(torch.float32) - exact).square().sum())
-        errors[name] = lost / square if square else 0.0
+        errors[name] = lost_weight(weight, linear)
         linears[name] = QuantizedLinear(
             linear.codes.cpu(), linear.scales.cpu(), linear.zeros.cpu(), linear.g_idx.cpu(), linear.bits
         )

@@ -29,7 +29,8 @@ class RtnParams(Params):
     """Exponent of the norm by which a narrower scale, which clips the largest weights, is preferred (2.4); 0 does not
     search."""
     lm_head: bool = False
-    """Quantise the output projection, too. Refused when it is the embedding itself (tied), as in most small models."""
+    """Quantise the output projection, too. Refused when it is the embedding itself (tied), as in most small models.
+    gptqmodel reads such a checkpoint; transformers puts random numbers in the place of the projection."""
 
 
 def _rtn(params: RtnParams) -> Quantizer:

@@ -1,7 +1,7 @@
 """GPTQ over a whole model: block after block, each on what the quantised blocks before it hand over.
 
-Memory holds the model as it was loaded, one block in the precision of the work, the second moments of one input and the
-hidden states of all calibration tokens.
+Memory holds the model as it was loaded, one block in the precision of the work, what its finished layers put out (see
+``block_pass.KEPT_BYTES``), the second moments of one input and the hidden states of all calibration tokens.
 """
 
 from __future__ import annotations

@@ -57,9 +57,7 @@ def run(params: QuantizeParams, ctx: StageContext) -> StageOutputs:
     ctx.log(f"{before / 1e6:,.1f} MB of weights are now {size / 1e6:,.1f} MB (1/{before / max(size, 1):.2f})")
     if info.kept_rtn:
         names = ", ".join(info.kept_rtn[:3]) + (", ..." if len(info.kept_rtn) > 3 else "")
-        ctx.log(
-            f"{len(info.kept_rtn)} of {len(info.layer_errors)} layers are rounded to nearest, which was better: {names}"
-        )
+        ctx.log(f"{len(info.kept_rtn)} of {len(info.layer_errors)} layers are rounded to nearest: {names}")
     for note in info.notes:
         ctx.log(note)
     facts = _facts(info, params.quantizer.name, before=before, after=size)

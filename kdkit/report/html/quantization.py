@@ -49,7 +49,7 @@ def _kept(facts: Mapping[str, Any]) -> str:
     names = list(facts["kept_rtn"])
     if not names:
         return ""
-    return f"Rounded to nearest, which was better: {', '.join(names[:5])}" + (", ..." if len(names) > 5 else "") + "."
+    return f"Rounded to nearest after all: {', '.join(names[:5])}" + (", ..." if len(names) > 5 else "") + "."
 
 
 def _grid(name: str, facts: Mapping[str, Any]) -> Grid:

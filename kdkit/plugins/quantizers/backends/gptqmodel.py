@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Final
 
-from kdkit.api.errors import DataError
+from kdkit.api.errors import DataError, ModelError
 from kdkit.plugins.quantizers.backends.environment import command_of, gptqmodel_state
 from kdkit.plugins.quantizers.backends.peer import (
     Follow,
@@ -42,10 +42,16 @@ def check(job: PeerJob) -> None:
     """Refuse what gptqmodel cannot do, before it starts.
 
     Raises:
-        ModelError: A group size that does not divide, which it would write all the same, or damping out of range.
+        ModelError: A group size that does not divide, which it would write all the same, damping out of range, or a
+            quantised head.
         DataError: No row is long enough.
     """
     check_common(job)
+    if job.lm_head:
+        raise ModelError(
+            "gptqmodel gives the output projection 8 bits and groups of 32, whatever it is asked for",
+            allowed="lm_head: false, or backend: reference",
+        )
     if not any(len(row) > _SHORTEST for row in job.rows):
         raise DataError(f"no calibration row has more than {_SHORTEST} tokens, and gptqmodel leaves out shorter ones")
 
