@@ -112,5 +112,7 @@ def _list(title: str, lines: list[str]) -> Iterator[RenderableType]:
     if lines:
         yield Text()
         yield Text(title, style="bold")
+        grid = RichTable.grid(padding=(0, 1, 0, 0))
         for line in lines:
-            yield Text(f"- {line}")
+            grid.add_row(Text("-"), Text(line))
+        yield grid

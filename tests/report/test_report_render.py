@@ -299,3 +299,9 @@ def test_an_undefined_score_does_not_change_the_number_of_examples(write) -> Non
 
 def test_the_reference_is_a_bound_for_metrics_of_references_only(with_baselines) -> None:
     assert "the most that metrics which compare with references can give" in render_markdown(with_baselines)
+
+
+def test_further_lines_of_a_note_stand_below_its_first_word(data):
+    text = shown({**data, "notes": ["one " * 30, "two"]}, 60)
+    lines = text[text.index("Notes") :].splitlines()[1:5]
+    assert [line[:5] for line in lines] == ["- one", "  one", "  one", "- two"]
