@@ -14,7 +14,7 @@ from kdkit.api.errors import EnvironmentUnmet, PluginError
 from kdkit.api.slots import Found
 from kdkit.host.records import BUILT_IN
 
-__all__ = ["check_extras", "installed_version", "kdkit_problem", "requirement_problem"]
+__all__ = ["check_extras", "extras_of", "installed_version", "kdkit_problem", "requirement_problem"]
 
 
 def installed_version(dist: str) -> str | None:
@@ -78,6 +78,18 @@ def check_extras(found: Found) -> None:
             f"{spec.kind} {name!r} needs the extra {extras!r}, which lacks {', '.join(missing)}",
             hint=f"install it with: pip install '{dist}[{extras}]'",
         )
+
+
+def extras_of(dist: str) -> dict[str, list[str]]:
+    """Every extra that an installed distribution declares, with those of its requirements that are not met.
+
+    Empty when there is no such distribution.
+    """
+    try:
+        declared = distribution(dist).metadata.get_all("Provides-Extra") or ()
+    except PackageNotFoundError:
+        return {}
+    return {extra: _missing_for(dist, [extra], frozenset()) for extra in sorted(declared)}
 
 
 def _extras(extras: Iterable[str]) -> str:

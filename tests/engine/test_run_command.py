@@ -144,18 +144,20 @@ def test_no_runs_is_no_error(project):
 
 
 def test_doctor_says_what_is_there(project):
-    done = project.kdkit("doctor", "--json")
+    done = project.kdkit("doctor", "--quick", "--json")
     assert done.returncode == 0
-    checks = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
-    assert {"kdkit", "torch", "cpu", "precision", "store", "hub", "model"} <= set(checks)
+    found = json.loads(done.stdout)
+    checks = {check["name"]: check for check in found["checks"]}
+    assert {"kdkit", "torch", "cpu", "precision", "store", "temp", "hub", "model", "extra", "sandbox"} <= set(checks)
+    assert (found["matmul"], "matmul" in checks) == ([], False)
     assert checks["hub"]["found"].startswith("offline")
-    broken = project.kdkit("doctor", KDKIT_STORE="/dev/null/store")
+    broken = project.kdkit("doctor", "--quick", KDKIT_STORE="/dev/null/store")
     assert broken.returncode == 4
     assert "missing store" in broken.stdout
 
 
 def test_doctor_never_shows_a_token(project):
-    done = project.kdkit("doctor", HF_TOKEN="canary-123456789")
+    done = project.kdkit("doctor", "--quick", HF_TOKEN="canary-123456789")
     assert "HF_TOKEN set" in done.stdout
     assert "canary" not in done.stdout + done.stderr
 
