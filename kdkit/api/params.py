@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from kdkit.api.field_docs import field_docs
+
+if TYPE_CHECKING:
+    from pydantic import GetJsonSchemaHandler
+    from pydantic.json_schema import JsonSchemaValue
+    from pydantic_core import CoreSchema
 
 __all__ = ["Params", "Precision", "Runtime", "Sampling", "is_runtime"]
 
@@ -38,11 +45,27 @@ class Params(BaseModel):
         extra="forbid",
         strict=True,
         frozen=True,
-        use_attribute_docstrings=True,
         allow_inf_nan=False,
         arbitrary_types_allowed=True,
         protected_namespaces=(),
     )
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        for name, text in field_docs(cls).items():
+            field = cls.__pydantic_fields__.get(name)
+            if field is not None and field.description is None:
+                field.description = text
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        schema = handler(core_schema)
+        properties = handler.resolve_ref_schema(schema).get("properties", {})
+        for name, field in cls.__pydantic_fields__.items():
+            if field.description and (field.alias or name) in properties:
+                properties[field.alias or name].setdefault("description", field.description)
+        return schema
 
 
 class Sampling(Params):

@@ -1,25 +1,27 @@
-"""Body of ``kdkit doctor``: what this machine offers. Changes nothing; no network, no heavy import."""
+"""Body of ``kdkit doctor``: what this machine offers. Changes nothing; what is heavy runs in other processes."""
 
 from __future__ import annotations
 
-import os
 import shutil
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Final, cast
 
 from kdkit.api.errors import EnvironmentUnmet, ExitCode
 from kdkit.api.specs import SandboxSpec
+from kdkit.cli.checks import Check
+from kdkit.cli.doctor_hub import HubQuestion
+from kdkit.cli.doctor_speed import measured, speed_checks
 from kdkit.cli.output import emit, emit_json
 from kdkit.engine.env import versions
 from kdkit.engine.files import check_writable
 from kdkit.engine.hardware import cpu_name, cuda_devices, memory_bytes, resolve_precision, threads
 from kdkit.engine.store import store_root
-from kdkit.host import Catalog
+from kdkit.host import Catalog, extras_of
 from kdkit.host.records import BUILT_IN
 from kdkit.models.catalogue import KNOWN, models_dir
-from kdkit.models.hub import is_offline
 from kdkit.models.locate import pulled
 from kdkit.plugins.quantizers.backends.environment import states
 
@@ -29,25 +31,39 @@ _NEEDED = ("torch", "transformers", "datasets", "accelerate")
 _GIB = 2**30
 
 
-@dataclass(frozen=True, slots=True)
-class Check:
-    """One finding; ``status`` is ``ok``, ``note`` (worth knowing) or ``missing`` (kdkit cannot work)."""
-
-    name: str
-    status: str
-    found: str
-    hint: str = ""
+_LITTLE: Final = 2 * _GIB
+"""Free bytes below which a small model with one checkpoint may not fit."""
 
 
-def doctor(*, as_json: bool) -> int:
+def doctor(*, as_json: bool, quick: bool = False) -> int:
     """Print what works and what is missing.
+
+    Args:
+        as_json: Print JSON; ``matmul`` there has the measured speeds as numbers, ``extras`` what each of them lacks.
+        quick: Neither measure nor ask the Hub.
 
     Returns:
         0, or 4 when something that every run needs is missing.
     """
-    checks = [*_software(), *_hardware(), _store(), *_models(), *_backends(), *_plugins(), *_sandbox()]
+    hub = HubQuestion(ask=not quick)
+    software = list(_software())
+    speeds, problem = ([], "") if quick or any(check.status == "missing" for check in software) else measured()
+    extras = extras_of(BUILT_IN)
+    catalog = Catalog.discover(strict=False)
+    checks = [
+        *software,
+        *_hardware(),
+        *speed_checks(speeds, problem),
+        *_disks(),
+        hub.check(),
+        *_models(),
+        *_extras(extras, catalog),
+        *_backends(),
+        *_plugins(catalog),
+        *_sandbox(catalog),
+    ]
     if as_json:
-        emit_json({"checks": [asdict(check) for check in checks]})
+        emit_json({"checks": [asdict(check) for check in checks], "matmul": speeds, "extras": extras})
     else:
         for check in checks:
             line = f"{check.status:<8}{check.name:<14}{check.found}"
@@ -73,6 +89,14 @@ def _hardware() -> Iterator[Check]:
     yield Check("precision", "ok", f"auto means {resolve_precision('auto')} here")
 
 
+def _disks() -> Iterator[Check]:
+    yield _store()
+    temporary = Path(tempfile.gettempdir())
+    free = shutil.disk_usage(temporary).free
+    hint = "" if free >= _LITTLE else "set TMPDIR to a directory on a larger disk"
+    yield Check("temp", "note" if hint else "ok", f"{temporary}, {free / _GIB:.1f} GiB free", hint)
+
+
 def _store() -> Check:
     root = store_root()
     existing = next(path for path in (root, *root.parents) if path.exists())
@@ -80,12 +104,12 @@ def _store() -> Check:
         check_writable(existing, hint="set KDKIT_STORE to a directory you may write")
     except EnvironmentUnmet as error:
         return Check("store", "missing", f"{root}: {error.what}", error.hint or "")
-    return Check("store", "ok", f"{root}, {shutil.disk_usage(existing).free / _GIB:.1f} GiB free")
+    free = shutil.disk_usage(existing).free
+    hint = "" if free >= _LITTLE else "set KDKIT_STORE to a directory on a larger disk"
+    return Check("store", "note" if hint else "ok", f"{root}, {free / _GIB:.1f} GiB free", hint)
 
 
 def _models() -> Iterator[Check]:
-    token = "set" if os.environ.get("HF_TOKEN") else "not set"
-    yield Check("hub", "ok", f"{'offline' if is_offline() else 'online'}, HF_TOKEN {token}")
     for name, model in KNOWN.items():
         directory = pulled(model)
         if directory is None:
@@ -94,22 +118,34 @@ def _models() -> Iterator[Check]:
             yield Check("model", "ok", f"{name} in {_short(directory)}")
 
 
+def _extras(extras: Mapping[str, Sequence[str]], catalog: Catalog) -> Iterator[Check]:
+    """The optional parts of kdkit itself, and what needs each."""
+    users: dict[str, list[str]] = {}
+    for entry in catalog.entries():
+        for extra in entry.spec.extras if entry.built_in else ():
+            users.setdefault(extra, []).append(f"{entry.kind} {entry.name}")
+    for extra, lacking in extras.items():
+        what = f"{extra} ({', '.join(users[extra])})" if extra in users else extra
+        if lacking:
+            yield Check("extra", "note", f"{what}: lacks {', '.join(lacking)}", f"pip install '{BUILT_IN}[{extra}]'")
+        else:
+            yield Check("extra", "ok", f"{what}: installed")
+
+
 def _backends() -> Iterator[Check]:
     """What the quantizer gptq can work with besides its own code."""
     for name, state in states().items():
         yield Check("gptq", "ok" if state.usable else "note", f"backend {name}: {state.found}", state.hint)
 
 
-def _plugins() -> Iterator[Check]:
-    catalog = Catalog.discover(strict=False)
+def _plugins(catalog: Catalog) -> Iterator[Check]:
     yield Check("components", "ok", str(len(catalog.entries())))
     for broken in catalog.broken:
         yield Check("plugin", "note", str(broken), f"kdkit plugins show {broken.dist}")
 
 
-def _sandbox() -> Iterator[Check]:
+def _sandbox(catalog: Catalog) -> Iterator[Check]:
     """Programs that try to break out are run: whether a sandbox holds cannot be read off the machine."""
-    catalog = Catalog.discover(strict=False)
     if any(entry.name == "auto" and entry.dist == BUILT_IN for entry in catalog.entries("sandbox")):
         spec = cast("SandboxSpec[Any]", catalog.find("sandbox", f"{BUILT_IN}/auto").spec)
         report = spec.build(spec.params()).probe()

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.text import Text
 
-from kdkit.cli.output import safely
-from kdkit.cli.progress import Pace, sentence, values_text
+from kdkit.cli.output import safely, wrapped
+from kdkit.cli.progress import Pace, line_of, values_text
 from kdkit.engine.events import Event
 
 __all__ = ["LiveView"]
@@ -58,9 +58,9 @@ class LiveView:
             self._progress.remove_task(self._task)
             self._progress.refresh()
             self._task = None
-        if text := sentence(event):
-            line = f"{event.stage:<{self._width}}  {text}" if event.stage else text
-            self._console.print(Text(line, style=_STYLES.get(event.type, "")), soft_wrap=True)
+        if line := line_of(event, self._width):
+            text = wrapped(line, self._console.width, self._width + 2)
+            self._console.print(Text(text, style=_STYLES.get(event.type, "")), soft_wrap=True)
         if event.type == "stage-started":
             self._pace = Pace()
             self._task = self._progress.add_task(event.stage, total=None, text="")

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any, Final, TextIO
 
 from kdkit.api.errors import KdkitError, RecipeError
 
-__all__ = ["debugging", "emit", "emit_json", "log", "print_error", "safely", "shown", "table", "visible"]
+__all__ = ["debugging", "emit", "emit_json", "log", "print_error", "safely", "shown", "table", "visible", "wrapped"]
 
 # Codes that a terminal obeys (all controls but line feed and tab) and those that reorder or hide text (bidirectional
 # overrides, tag characters): a model, a dataset or a file name may contain them.
@@ -43,6 +44,13 @@ def shown(path: Path | str) -> str:
     """``path`` as a person would type it: relative when it lies below the current directory."""
     cwd = Path.cwd()
     return str(Path(path).relative_to(cwd)) if Path(path).is_relative_to(cwd) else str(path)
+
+
+def wrapped(text: str, width: int, indent: int) -> str:
+    """``text`` in lines of at most ``width`` characters, further ones indented. Words, such as paths, stay whole."""
+    hang = " " * (indent if indent < width // 2 else 2)
+    lines = textwrap.wrap(text, width, subsequent_indent=hang, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(lines)
 
 
 def visible(text: str) -> str:

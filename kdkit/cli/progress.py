@@ -9,8 +9,9 @@ from time import monotonic
 from types import TracebackType
 from typing import Any, Final, Protocol, Self, TextIO
 
-from kdkit.cli.output import safely, shown
+from kdkit.cli.output import safely, shown, wrapped
 from kdkit.engine.events import Event
+from kdkit.engine.plan import NEVER_RAN
 
 __all__ = ["PlainView", "View", "make_view"]
 
@@ -89,7 +90,7 @@ def sentence(event: Event) -> str:
             return "cached"
         case "stage-started":
             word = "resumed" if data["state"] == "resume" else "started"
-            return f"{word} ({data['why']})" if data["why"] else word
+            return word if data["why"] in {"", NEVER_RAN} else f"{word} ({data['why']})"
         case "stage-finished":
             word = {"ok": "done in", "failed": "failed after", "stopped": "stopped after"}[data["status"]]
             return f"{word} {clock(data['seconds'])}"
@@ -99,12 +100,29 @@ def sentence(event: Event) -> str:
             return ""
 
 
+def line_of(event: Event, width: int, text: str | None = None) -> str:
+    """``text`` of an event, by default its :func:`sentence`, behind its stage's name in a column of ``width``."""
+    text = sentence(event) if text is None else text
+    return f"{event.stage:<{width}}  {text}" if event.stage and text else text
+
+
+def _columns(stream: TextIO) -> int:
+    """Width of a terminal; 0 for anything else, where a line stays a line."""
+    if not stream.isatty():
+        return 0
+    try:
+        return os.get_terminal_size(stream.fileno()).columns
+    except OSError:
+        return 80
+
+
 class PlainView:
-    """One line per event, and one about progress every few seconds."""
+    """One line per event, and one about progress every few seconds; on a terminal no word is cut."""
 
     def __init__(self, width: int, stream: TextIO) -> None:
         self._width = width
         self._stream = stream
+        self._columns = _columns(stream)
         self._pace = Pace()
         self._last = monotonic()
 
@@ -118,13 +136,13 @@ class PlainView:
 
     def show(self, event: Event) -> None:
         """Print the event's line, if it has one."""
-        text = self._progress(event) if event.type == "progress" else sentence(event)
+        line = line_of(event, self._width, self._progress(event) if event.type == "progress" else None)
         if event.type == "stage-started":
             self._pace = Pace()
-        if text:
+        if line:
             self._last = monotonic()
-            line = f"{event.stage:<{self._width}}  {text}" if event.stage else text
-            safely(self._stream, lambda: print(line, file=self._stream))
+            text = wrapped(line, self._columns, self._width + 2) if self._columns else line
+            safely(self._stream, lambda: print(text, file=self._stream))
 
     def _progress(self, event: Event) -> str:
         step, total = event.data["step"], event.data["total"]

@@ -57,7 +57,8 @@ def _print_results(finished: Finished) -> None:
         if (finished.run_dir / name).is_file():
             emit(f"report  {shown(finished.run_dir / name)}")
     if has_report:
-        emit(f"next    kdkit report {shown(finished.run_dir)}  (pairs, speed, decoding, limits of the numbers)")
+        emit(f"next    kdkit report {shown(finished.run_dir)}")
+        emit("        (pairs, speed, decoding, limits of the numbers)")
 
 
 def _print_report(run_dir: Path) -> None:

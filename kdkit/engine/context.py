@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +31,7 @@ __all__ = ["Builder", "Context"]
 
 A = TypeVar("A", bound=Artifact)
 T = TypeVar("T")
+_REFERENCE: Final = re.compile(r"\$\{stages\.([^.{}]+)\.([^.{}]+)\}")
 _WITH_CONTEXT: Final = frozenset({"reward", "teacher", "rollout"})
 
 
@@ -55,8 +57,8 @@ class Builder:
         self._log = log
 
     def log(self, message: str, /) -> None:
-        """One line for the person who runs the recipe."""
-        self._log(" ".join(message.split()))
+        """One line for the person who runs the recipe; another stage's output is called as in the results of a run."""
+        self._log(" ".join(_REFERENCE.sub(r"\1.\2", message).split()))
 
     def precision(self, requested: str, /) -> Literal["bf16", "fp32"]:
         """``auto`` resolved for this machine."""

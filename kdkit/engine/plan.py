@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
 from kdkit.api.errors import RecipeError
 from kdkit.api.slots import Ref, StageOutput, walk
@@ -19,9 +19,12 @@ if TYPE_CHECKING:
     from kdkit.engine.manifest import Manifest
     from kdkit.recipe import Recipe, Stage
 
-__all__ = ["Plan", "PlannedStage", "State", "assess", "make_plan", "stage_inputs"]
+__all__ = ["NEVER_RAN", "Plan", "PlannedStage", "State", "assess", "make_plan", "stage_inputs"]
 
 State: TypeAlias = Literal["cached", "resume", "run", "damaged"]
+
+NEVER_RAN: Final = "never ran"
+"""Why a stage has no result that was there before; not worth a word while it runs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,7 +188,7 @@ def _history(store: Store, recipe: Recipe, stage: Stage, key: StageKey) -> str:
     same = [manifest for manifest in entries if manifest.recipe == recipe.name]
     latest = next(iter(same or entries), None)
     if latest is None:
-        return "never ran"
+        return NEVER_RAN
     changes = differences(latest.explained, key.explained)
     more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
     return ", ".join(changes[:3]) + more or "its result was removed"

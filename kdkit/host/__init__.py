@@ -6,9 +6,18 @@
 from __future__ import annotations
 
 from kdkit.host.catalog import Catalog
-from kdkit.host.compat import check_extras
+from kdkit.host.compat import check_extras, extras_of
 from kdkit.host.describe import ParamDoc, describe_params
 from kdkit.host.records import BrokenPlugin, Entry
 from kdkit.host.runtime import plugin_errors
 
-__all__ = ["BrokenPlugin", "Catalog", "Entry", "ParamDoc", "check_extras", "describe_params", "plugin_errors"]
+__all__ = [
+    "BrokenPlugin",
+    "Catalog",
+    "Entry",
+    "ParamDoc",
+    "check_extras",
+    "describe_params",
+    "extras_of",
+    "plugin_errors",
+]

@@ -14,7 +14,7 @@ from kdkit.api.errors import EnvironmentUnmet, PluginError
 from kdkit.api.slots import Found
 from kdkit.host.records import BUILT_IN
 
-__all__ = ["check_extras", "installed_version", "kdkit_problem", "requirement_problem"]
+__all__ = ["check_extras", "extras_of", "installed_version", "kdkit_problem", "requirement_problem"]
 
 
 def installed_version(dist: str) -> str | None:
@@ -30,12 +30,13 @@ def installed_version(dist: str) -> str | None:
 def kdkit_problem(requires: Iterable[str]) -> str | None:
     """Why a distribution with these requirements does not fit the running kdkit, or None."""
     for text in requires:
+        # Most requirements are about something else, and parsing them all would take as long as loading a plugin.
+        if not text.lower().startswith(BUILT_IN):
+            continue
         try:
             requirement = Requirement(text)
         except InvalidRequirement:
-            if text.replace("_", "-").lower().startswith(BUILT_IN):
-                return f"its requirement {text!r} is not valid"
-            continue
+            return f"its requirement {text!r} is not valid"
         applies = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
         is_kdkit = canonicalize_name(requirement.name) == BUILT_IN
         if is_kdkit and applies and not _satisfied(requirement, kdkit.__version__):
@@ -77,6 +78,18 @@ def check_extras(found: Found) -> None:
             f"{spec.kind} {name!r} needs the extra {extras!r}, which lacks {', '.join(missing)}",
             hint=f"install it with: pip install '{dist}[{extras}]'",
         )
+
+
+def extras_of(dist: str) -> dict[str, list[str]]:
+    """Every extra that an installed distribution declares, with those of its requirements that are not met.
+
+    Empty when there is no such distribution.
+    """
+    try:
+        declared = distribution(dist).metadata.get_all("Provides-Extra") or ()
+    except PackageNotFoundError:
+        return {}
+    return {extra: _missing_for(dist, [extra], frozenset()) for extra in sorted(declared)}
 
 
 def _extras(extras: Iterable[str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from kdkit.report import views
+from kdkit.report import sentences, views
 from kdkit.report.views import Table
 
 __all__ = ["render_markdown"]
@@ -25,7 +25,7 @@ def _lines(report: Mapping[str, Any]) -> Iterator[str]:
         yield from _table(Table(scores.title, (*models.header, *scores.header[1:]), rows))
     for baselines in views.baseline_tables(report):
         yield from _table(baselines)
-    for line in (views.direction_line(report), views.legend(report), views.baselines_line(report)):
+    for line in (sentences.direction_line(report), sentences.legend(report), sentences.baselines_line(report)):
         if line:
             yield _plain(line)
             yield ""
@@ -37,9 +37,9 @@ def _lines(report: Mapping[str, Any]) -> Iterator[str]:
     for table in (views.quantization_table(report), views.speed_table(report), views.answers_table(report)):
         if table is not None:
             yield from _table(table)
-    yield from _list("Decoding", views.decoding_lines(report))
+    yield from _list("Decoding", sentences.decoding_lines(report))
     yield from _list("Notes", report["notes"])
-    yield from _list("What these numbers do not say", views.limits(report))
+    yield from _list("What these numbers do not say", sentences.limits(report))
 
 
 def _table(table: Table) -> Iterator[str]:

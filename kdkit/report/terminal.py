@@ -11,7 +11,7 @@ from rich.console import Console, ConsoleOptions, JustifyMethod, RenderableType,
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from kdkit.report import views
+from kdkit.report import sentences, views
 from kdkit.report.views import Table
 
 __all__ = ["render_terminal"]
@@ -52,7 +52,7 @@ def _parts(report: Mapping[str, Any], *, brief: bool) -> Iterator[Table | Render
     yield from views.scores_tables(report)
     yield from views.baseline_tables(report)
     yield Text()
-    for line in (views.direction_line(report), views.legend(report), views.baselines_line(report)):
+    for line in (sentences.direction_line(report), sentences.legend(report), sentences.baselines_line(report)):
         if line:
             yield Text(line, style="dim")
     for table in (views.gap_table(report), views.retention_table(report)):
@@ -62,7 +62,7 @@ def _parts(report: Mapping[str, Any], *, brief: bool) -> Iterator[Table | Render
         yield from _details(report)
     yield from _list("Notes", report["notes"])
     if not brief:
-        yield from _list("What these numbers do not say", views.limits(report))
+        yield from _list("What these numbers do not say", sentences.limits(report))
 
 
 def _details(report: Mapping[str, Any]) -> Iterator[Table | RenderableType]:
@@ -70,7 +70,7 @@ def _details(report: Mapping[str, Any]) -> Iterator[Table | RenderableType]:
     for table in (*views.pair_tables(report), *tables):
         if table is not None:
             yield table
-    yield from _list("Decoding", views.decoding_lines(report))
+    yield from _list("Decoding", sentences.decoding_lines(report))
 
 
 def _tables(table: Table, width: int) -> Iterator[RenderableType]:
@@ -112,5 +112,7 @@ def _list(title: str, lines: list[str]) -> Iterator[RenderableType]:
     if lines:
         yield Text()
         yield Text(title, style="bold")
+        grid = RichTable.grid(padding=(0, 1, 0, 0))
         for line in lines:
-            yield Text(f"- {line}")
+            grid.add_row(Text("-"), Text(line))
+        yield grid

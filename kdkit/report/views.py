@@ -10,23 +10,18 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from kdkit.report import ALPHA
+from kdkit.report.entries import SAME, Report, bare, by_dataset, marks_of, metrics_of, quantization
 from kdkit.report.figures import MISSING, amount, measured, number, p_value, percent, share, size
 
 __all__ = [
     "Table",
     "answers_table",
     "baseline_tables",
-    "baselines_line",
     "bytes_per_parameter",
-    "decoding_lines",
-    "direction_line",
     "gap_table",
     "has_kernels",
-    "legend",
-    "limits",
     "models_table",
     "pair_tables",
-    "quantization",
     "quantization_table",
     "retention_table",
     "scores_tables",
@@ -34,14 +29,6 @@ __all__ = [
     "verdict",
 ]
 
-Report = Mapping[str, Any]
-
-_SAMPLING_ONLY: Final = ("temperature", "top_p", "top_k", "num_samples")
-_SAME: Final = "no significant difference"
-_FEW: Final = 50
-"""Examples from which the intervals of skewed scores hold what they promise, within 2 % (simulated)."""
-_RARE: Final = 10
-"""Passes or failures from which a 95 % interval of pass or fail holds the truth 91 times in 100 or more (computed)."""
 _SPEED: Final = {
     "generated_tokens_per_s": ("tokens/s", number),
     "prompts_per_s": ("prompts/s", number),
@@ -49,18 +36,6 @@ _SPEED: Final = {
     "decode_tokens_per_s": ("decode\n(tokens/s)", number),
     "load_seconds": ("load\n(s)", number),
     "peak_memory_bytes": ("peak memory", size),
-}
-_BASELINES: Final = {
-    "identity": "identity echoes the input",
-    "empty": "empty says nothing",
-    "majority": "majority gives the most common reference to every prompt",
-    "reference": "reference gives the first reference, the most that metrics which compare with references can give",
-}
-_CAVEATS: Final = {
-    "rouge-l": "ROUGE-L counts shared words, not correctness; where answers resemble prompts, copying scores high.",
-    "exact-match": "Exact match gives no credit to a right answer in other words.",
-    "perplexity": "Perplexity compares only models with the same tokenizer, and says nothing about generated answers.",
-    "teacher-kl": "Closeness to the teacher is not quality: it rewards the teacher's mistakes as well.",
 }
 
 
@@ -92,15 +67,15 @@ def models_table(report: Report) -> Table:
 
 def scores_tables(report: Report) -> Iterator[Table]:
     """One table per dataset: every model's score on every metric, with its interval and the mark for the reference."""
-    marks = dict(_marks(report))
-    for dataset, keys in _by_dataset(report).items():
+    marks = dict(marks_of(report))
+    for dataset, keys in by_dataset(report).items():
         entries = [
             model["metrics"][key] for model in report["models"].values() for key in keys if key in model["metrics"]
         ]
         # A score that is undefined has no examples, which says nothing about the others.
         ns = [entry["n"] for entry in entries if entry["n"]] or [0]
         n = f"n = {min(ns):,}" + (f" to {max(ns):,}" if min(ns) < max(ns) else "")
-        header = ("model", *(_header(key, dataset, _metrics(report)[key]["unit"]) for key in keys))
+        header = ("model", *(_header(key, dataset, metrics_of(report)[key]["unit"]) for key in keys))
         rows = tuple((name, *(_score(report, name, key, marks) for key in keys)) for name in report["models"])
         yield Table(f"Scores on {dataset} ({n})" if dataset else f"Scores ({n})", header, rows)
 
@@ -108,18 +83,12 @@ def scores_tables(report: Report) -> Iterator[Table]:
 def baseline_tables(report: Report) -> Iterator[Table]:
     """One table per dataset: what answers score that need no model."""
     entries = {name: baseline["metrics"] for name, baseline in report.get("baselines", {}).items()}
-    for dataset, keys in _by_dataset(report).items():
+    for dataset, keys in by_dataset(report).items():
         known = [key for key in keys if any(key in metrics for metrics in entries.values())]
-        header = ("baseline", *(_header(key, dataset, _metrics(report)[key]["unit"]) for key in known))
+        header = ("baseline", *(_header(key, dataset, metrics_of(report)[key]["unit"]) for key in known))
         rows = tuple((name, *(_plain_score(metrics.get(key)) for key in known)) for name, metrics in entries.items())
         if known:
             yield Table(f"Baselines on {dataset}" if dataset else "Baselines", header, rows)
-
-
-def baselines_line(report: Report) -> str:
-    """What the baselines are; empty without any."""
-    texts = [text for name, text in _BASELINES.items() if report.get("baselines", {}).get(name, {}).get("metrics")]
-    return f"Baselines: {'; '.join(texts)}." if texts else ""
 
 
 def retention_table(report: Report) -> Table | None:
@@ -137,7 +106,7 @@ def gap_table(report: Report) -> Table | None:
 
 def pair_tables(report: Report) -> Iterator[Table]:
     """One table of paired differences per metric."""
-    for key, first in _metrics(report).items():
+    for key, first in metrics_of(report).items():
         higher = first["higher_is_better"]
         rows = tuple(
             (
@@ -165,12 +134,6 @@ def quantization_table(report: Report) -> Table | None:
               "lost output,\nrounded to nearest", "lost weight", "layers rounded\nto nearest")  # fmt: skip
     rows = tuple((name, *_quantization_cells(model, facts)) for name, model, facts in found)
     return Table("Quantised models", header, rows, text_columns=(0, 1)) if rows else None
-
-
-def quantization(model: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """What a model's quantizer says; None for a model that is not quantised, or a report of an earlier version."""
-    facts: Mapping[str, Any] | None = model.get("quantization")
-    return facts
 
 
 def _quantization_cells(model: Mapping[str, Any], facts: Mapping[str, Any]) -> Iterator[str]:
@@ -241,123 +204,14 @@ def verdict(row: Mapping[str, Any], *, higher_is_better: bool) -> str:
     if row["p"] is None:
         return "no test on one example"
     if row["p"] > ALPHA:
-        return _SAME
+        return SAME
     winner = row["a"] if (row["difference"] > 0) == higher_is_better else row["b"]
     corrected = row["p_holm"] is None or row["p_holm"] <= ALPHA
     return f"{winner} better" if corrected else f"{winner} better, not after correction"
 
 
-def direction_line(report: Report) -> str:
-    """Which metrics are better high, which low, and which neither."""
-    datasets = {key: dataset for dataset, keys in _by_dataset(report).items() for key in keys}
-    parts = []
-    for words, wanted in (("Higher is better", True), ("Lower is better", False), ("Neither is better", None)):
-        keys = [key for key, first in _metrics(report).items() if first["higher_is_better"] is wanted]
-        names = dict.fromkeys(_bare(key, datasets[key]) for key in keys)
-        if names:
-            parts.append(f"{words}: {', '.join(names)}.")
-    return " ".join(parts)
-
-
-def legend(report: Report) -> str:
-    """How to read a score."""
-    text = "± is the longer arm of the 95 % interval over examples: bootstrap, or exact where all scores are 0 or 100."
-    if any(True for _ in _marks(report)):
-        text += (
-            f" (+) better, (-) worse than {report['roles']['reference']}, (=) {_SAME}"
-            f" (paired permutation test, p <= {ALPHA} after Holm's correction)."
-        )
-    return text
-
-
-def decoding_lines(report: Report) -> list[str]:
-    """The decoding of each dataset as ``name = value``, without settings that greedy decoding ignores."""
-    lines = []
-    for dataset, settings in report["decoding"].items():
-        idle = _SAMPLING_ONLY if settings.get("do_sample") is False else ()
-        texts = [f"{key} = {_setting(value)}" for key, value in settings.items() if key not in idle]
-        if texts:
-            lines.append(f"{dataset}: {', '.join(texts)}")
-    return lines
-
-
-def limits(report: Report) -> list[str]:
-    """What the numbers do not say."""
-    once = f"Every model was trained once (seed {report['seed']})"
-    unseen = "the spread between training seeds, which can be as large as the differences shown"
-    lines = [f"{once}: the intervals cover the choice of test examples, not {unseen}."]
-    lines.append("Trained tokens are those of kdkit's own stages; what a model saw before is not counted.")
-    lines += _sampling_limits(report)
-    if any(e["ci95"] and e["n"] < _FEW for m in report["models"].values() for e in m["metrics"].values()):
-        lines.append(
-            f"Intervals from fewer than {_FEW} examples tend to be too narrow: from 20 examples of skewed scores, a 95 "
-            "% interval holds the truth about 90 times in 100."
-        )
-    if any(_is_rare(entry) for model in report["models"].values() for entry in model["metrics"].values()):
-        lines.append(
-            "Where few answers pass, or few fail, intervals of pass or fail tend to be too narrow: with 3 to "
-            f"{_RARE} to be expected, a 95 % interval holds the truth between 85 and 97 times in 100."
-        )
-    if report["pairs"]:
-        chance = f"one in 20 falls below {ALPHA} where no model differs"
-        removed = 'the verdict "not after correction" marks those that Holm\'s correction per metric removes'
-        lines.append(f"p is not corrected for the {len(report['pairs'])} comparisons here: {chance}; {removed}.")
-        lines.append('"No significant difference" is not "equal": the interval says how large it may be.')
-    names = {key.rpartition("/")[2] for key in _metrics(report)}
-    if any(quantization(model) for model in report["models"].values()):
-        lines.append(
-            "Quantised models were dequantised and ran as ordinary ones: their speed and memory are not those of an "
-            "integer kernel; bytes on disk are their own."
-        )
-    return lines + [
-        text for about, text in _CAVEATS.items() if any(name == about or name.startswith(f"{about}-") for name in names)
-    ]
-
-
-def _is_rare(entry: Mapping[str, Any]) -> bool:
-    """Whether a score of 0 to 100 is so near an end that few examples can have moved it; not at the end itself."""
-    if entry["unit"] != "0-100" or entry["value"] is None or not entry["ci95"]:
-        return False
-    return bool(0 < min(entry["value"], 100 - entry["value"]) * entry["n"] / 100 < _RARE)
-
-
-def _sampling_limits(report: Report) -> Iterator[str]:
-    """One line where answers were sampled: what of it the intervals cover."""
-    sampled = [s for m in report["models"].values() for s in m["decoding"].values() if s.get("do_sample")]
-    if any(settings.get("num_samples", 1) == 1 for settings in sampled):
-        yield "Answers were sampled once; another draw gives other scores, and no score averages over draws."
-    elif sampled:
-        counts = sorted({settings["num_samples"] for settings in sampled})
-        yield (
-            f"Answers were sampled {' or '.join(map(str, counts))} times per prompt; a prompt's answers count as one "
-            "example, and perplexity and distances to the teacher are measured once per prompt."
-        )
-
-
-def _metrics(report: Report) -> dict[str, Mapping[str, Any]]:
-    """Metric to the first model's entry, in the order of the report."""
-    found: dict[str, Mapping[str, Any]] = {}
-    for model in report["models"].values():
-        for key, entry in model["metrics"].items():
-            found.setdefault(key, entry)
-    return found
-
-
-def _by_dataset(report: Report) -> dict[str, list[str]]:
-    """Dataset to its metric keys; the one dataset of a report is called ``""``, as keys do not name it."""
-    found: dict[str, list[str]] = {}
-    for key in _metrics(report):
-        fitting = [name for name in report["datasets"] if len(report["datasets"]) > 1 and key.startswith(f"{name}/")]
-        found.setdefault(max(fitting, key=len, default=""), []).append(key)
-    return found
-
-
-def _bare(key: str, dataset: str) -> str:
-    return key.removeprefix(f"{dataset}/") if dataset else key
-
-
 def _header(key: str, dataset: str, unit: str) -> str:
-    name = _bare(key, dataset)
+    name = bare(key, dataset)
     return f"{name}\n({unit})" if unit else name
 
 
@@ -371,30 +225,11 @@ def _score(report: Report, name: str, key: str, marks: Mapping[tuple[str, str], 
     return f"{text} {marks[name, key]}" if (name, key) in marks else text
 
 
-def _marks(report: Report) -> Iterator[tuple[tuple[str, str], str]]:
-    """``(model, metric)`` to its mark against the reference."""
-    reference, metrics = report["roles"]["reference"], _metrics(report)
-    for row in report["pairs"]:
-        if reference not in (row["a"], row["b"]) or row["p_holm"] is None:
-            continue
-        other = row["b"] if row["a"] == reference else row["a"]
-        delta = row["difference"] if other == row["a"] else -row["difference"]
-        if row["p_holm"] > ALPHA:
-            mark = "(=)"
-        else:
-            mark = "(+)" if (delta > 0) == metrics[row["metric"]]["higher_is_better"] else "(-)"
-        yield (other, row["metric"]), mark
-
-
 def _share_table(report: Report, entries: Sequence[Mapping[str, Any]], title: str) -> Table | None:
     keys = list(dict.fromkeys(entry["metric"] for entry in entries))
-    datasets = {key: dataset for dataset, known in _by_dataset(report).items() for key in known if key in keys}
+    datasets = {key: dataset for dataset, known in by_dataset(report).items() for key in known if key in keys}
     cells = {(entry["model"], entry["metric"]): percent(entry["value"], entry["ci95"]) for entry in entries}
     models = [name for name in report["models"] if any((name, key) in cells for key in keys)]
     rows = tuple((name, *(cells.get((name, key), MISSING) for key in keys)) for name in models)
-    header = (f"{dataset}/\n{_bare(key, dataset)}" if dataset else key for key, dataset in datasets.items())
+    header = (f"{dataset}/\n{bare(key, dataset)}" if dataset else key for key, dataset in datasets.items())
     return Table(title, ("model", *header), rows) if rows else None
-
-
-def _setting(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)

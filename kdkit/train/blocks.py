@@ -1,20 +1,12 @@
-"""Projection, losses and gradients a block of valid tokens at a time.
-
-The [batch, time, vocabulary] logits never exist: a block is projected, its losses are differentiated at once, and only
-the gradients of hidden states and head are kept. Matrix products are fastest over many tokens, what is done to every
-logit is fastest while it stays in the processor's cache: so a block of losses is a small part of what is projected
-together.
-"""
+"""What the losses of a block of tokens are: their values from its logits, and how large a block may be."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
-from torch import nn
-from torch.autograd.function import once_differentiable
 
 from kdkit.api.data import Dense, TokenLossInputs, TopK
 from kdkit.api.errors import ConformanceError
@@ -31,7 +23,7 @@ if TYPE_CHECKING:
     from kdkit.train.objective import LossTerm
     from kdkit.train.policy.batch import PolicyBatch
 
-__all__ = ["ALIGNED_COPIES", "Block", "BlockSizes", "block_tokens", "blocked_logprobs", "blocked_loss"]
+__all__ = ["ALIGNED_COPIES", "Block", "BlockSizes", "block_tokens", "signal_part", "taken"]
 
 _BLOCK_BYTES: Final = 2**30
 """Memory for one block of float32 logits and what a divergence keeps of them."""
@@ -128,7 +120,7 @@ class Block:
         kept = weights.nonzero()[:, 0]
         if not len(kept):
             return logits[:0].sum()
-        return _token_sum(term, logits[kept], _part(teacher, kept), labels[kept], weights[kept])
+        return _token_sum(term, logits[kept], signal_part(teacher, kept), labels[kept], weights[kept])
 
     def _policy(
         self, term: LossTerm, gradient: PolicyGradient | None, logits: Tensor, labels: Tensor, span: Span
@@ -136,10 +128,10 @@ class Block:
         """Zero, with the gradient of the policy loss: its value is that of all completions, and known already."""
         if gradient is None:
             raise ConformanceError("a policy loss is called on whole completions first", where=f"loss {term.name}")
-        taken = _taken(term, logits, labels, self.policy, span, entropy=gradient.entropy is not None)
-        value = _weighted(gradient.logprobs[span.start : span.stop], taken.logprobs)
-        if gradient.entropy is not None and taken.entropy is not None:
-            value = value + _weighted(gradient.entropy[span.start : span.stop], taken.entropy)
+        found = taken(term, logits, labels, self.policy, span, entropy=gradient.entropy is not None)
+        value = _weighted(gradient.logprobs[span.start : span.stop], found.logprobs)
+        if gradient.entropy is not None and found.entropy is not None:
+            value = value + _weighted(gradient.entropy[span.start : span.stop], found.entropy)
         return value - value.detach()
 
     def _aligned(self, term: LossTerm, logits: Tensor, labels: Tensor, span: Span) -> Tensor:
@@ -179,7 +171,7 @@ def _weighted(factors: Tensor, values: Tensor) -> Tensor:
     return (factors * torch.where(factors != 0, values, 0.0)).sum()
 
 
-def _part(teacher: TeacherSignal | None, which: slice | Tensor) -> TeacherSignal | None:
+def signal_part(teacher: TeacherSignal | None, which: slice | Tensor) -> TeacherSignal | None:
     """What a signal says about some of its tokens, in at least float32."""
     if isinstance(teacher, Dense):
         return Dense(upcast(teacher.logits[which]))
@@ -198,7 +190,7 @@ def _cut(teacher: Any, width: int | None) -> Any:
 def _as_sampled(
     term: LossTerm, logits: Tensor, teacher: TeacherSignal | None, policy: PolicyBatch, span: Span
 ) -> tuple[Tensor, TeacherSignal | None]:
-    """Logits of both models whose softmax is what the tokens of a block are sampled from, as in ``_taken``."""
+    """Logits of both models whose softmax is what the tokens of a block are sampled from, as in :func:`taken`."""
     cut, other = logits[:, : term.vocabulary], _cut(teacher, term.vocabulary)
     if policy.support is None and policy.temperature == 1.0:
         return cut, other
@@ -214,9 +206,14 @@ def _as_sampled(
     return cut, None if dense is None else Dense(dense)
 
 
-def _taken(
+def taken(
     term: LossTerm, logits: Tensor, labels: Tensor, policy: PolicyBatch | None, span: Span, *, entropy: bool
 ) -> Taken:
+    """Log-probabilities of the tokens that were taken, and of a block's distributions the entropy if it is wanted.
+
+    Raises:
+        ConformanceError: There are no completions that the tokens are of.
+    """
     if policy is None:
         raise ConformanceError("a policy loss needs completions of the student's own", where=f"loss {term.name}")
     cut = logits[:, : term.vocabulary]
@@ -226,173 +223,3 @@ def _taken(
 
 def _spans(count: int, size: int) -> Iterator[Span]:
     return (Span(start, min(start + size, count)) for start in range(0, count, size))
-
-
-def _products(block: Block, sizes: BlockSizes) -> Iterator[list[Span]]:
-    """Blocks of losses, in groups that are projected together."""
-    group: list[Span] = []
-    for span in block.spans(sizes.loss):
-        if group and span.stop - group[0].start > sizes.product:
-            yield group
-            group = []
-        group.append(span)
-    if group:
-        yield group
-
-
-@torch.no_grad()
-def blocked_logprobs(
-    hidden: Tensor, head: nn.Linear, block: Block, sizes: BlockSizes, dtype: torch.dtype
-) -> list[Taken]:
-    """What a block's policy losses are called on, without a gradient: one entry for each of them, [N] each.
-
-    Args:
-        hidden: [N, D] hidden states of the taken tokens.
-        head: The output projection.
-        block: The losses; its completions.
-        sizes: Tokens at once: the same as in the pass with a gradient, so that both see the same logits.
-        dtype: Of the matrix products.
-    """
-    terms = [term for term in block.terms if term.kind == "policy"]
-    weight, bias = head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype)
-    found: list[list[Taken]] = [[] for _ in terms]
-    with torch.autocast(hidden.device.type, enabled=False):
-        for group in _products(block, sizes):
-            start, stop = group[0].start, group[-1].stop
-            projected = nn.functional.linear(hidden[start:stop].to(dtype), weight, bias)
-            for span in group:
-                logits = finished(projected[span.start - start : span.stop - start], block.transform)
-                labels = block.labels[span.start : span.stop]
-                for term, parts in zip(terms, found, strict=True):
-                    parts.append(_taken(term, logits, labels, block.policy, span, entropy=term.wants_entropy))
-    return [_joined(parts) for parts in found]
-
-
-def _joined(parts: Sequence[Taken]) -> Taken:
-    entropy = [part.entropy for part in parts if part.entropy is not None]
-    return Taken(torch.cat([part.logprobs for part in parts]), torch.cat(entropy) if entropy else None)
-
-
-def blocked_loss(
-    hidden: Tensor, head: nn.Linear, block: Block, sizes: BlockSizes, compute: torch.dtype | None
-) -> tuple[Tensor, Tensor]:
-    """Weighted scalar sum to call backward on, once, and the detached plain sum of every term.
-
-    Args:
-        hidden: [N, D] hidden states that predict the valid tokens.
-        head: The output projection.
-        block: The losses.
-        sizes: Tokens at once.
-        compute: Dtype of the matrix products; None for the parameters' own.
-    """
-    work = _Work(block, sizes, compute, torch.is_grad_enabled())
-    found: tuple[Tensor, Tensor] = _BlockedLoss.apply(hidden, head.weight, head.bias, work)
-    return found
-
-
-@dataclass(frozen=True, slots=True)
-class _Work:
-    """What the blocked function needs besides tensors; ``learns``: whether gradients are wanted at all."""
-
-    block: Block
-    sizes: BlockSizes
-    compute: torch.dtype | None
-    learns: bool
-
-
-class _BlockedLoss(torch.autograd.Function):
-    """Projection, losses and gradients of a block at a time.
-
-    The gradient is made during the forward pass, where the block's logits already exist; backward only multiplies it by
-    the incoming scalar, in place: it is as large as the head. Gradients of the head are accumulated in the head's own
-    (master) dtype.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        work: _Work,
-    ) -> tuple[Tensor, Tensor]:
-        block, dtype = work.block, work.compute or weight.dtype
-        needs = [work.learns and t is not None and t.requires_grad for t in (hidden, weight, bias)]
-        head = [None if p is None else p.detach().to(dtype) for p in (weight, bias)]
-        grads = [torch.zeros_like(t) if need else None for t, need in zip((hidden, weight, bias), needs, strict=True)]
-        total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
-        sums = total.new_zeros(len(block.terms))
-        for group in _products(block, work.sizes):
-            loss, parts = _run_product(block, hidden, head, group, grads, dtype)
-            total += loss
-            sums += parts
-        ctx.grads = grads
-        ctx.mark_non_differentiable(sums)
-        return total, sums
-
-    @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad_loss: Tensor, _grad_sums: Tensor) -> tuple[Tensor | None, ...]:
-        grads: list[Tensor | None] | None = ctx.grads
-        if grads is None:
-            raise RuntimeError("the blocked loss can be differentiated once")
-        ctx.grads = None
-        return (*(None if g is None else _scaled(g, grad_loss) for g in grads), None)
-
-
-def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
-    """In place, unless a factor in half precision would be off by up to 0.4 % for all of it."""
-    wide = upcast(gradient)
-    return wide.mul_(factor.to(wide.dtype)).to(gradient.dtype)
-
-
-def _run_product(
-    block: Block,
-    hidden: Tensor,
-    head: list[Tensor | None],
-    group: list[Span],
-    grads: list[Tensor | None],
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """Loss and term sums of what is projected together; adds its gradients to ``grads`` (hidden, weight, bias)."""
-    weight, bias = head
-    wanted = any(grad is not None for grad in grads)
-    start, stop = group[0].start, group[-1].stop
-    with torch.autocast(hidden.device.type, enabled=False):
-        states = hidden[start:stop].detach().to(dtype)
-        projected = nn.functional.linear(states, weight, bias)
-        results = _run_losses(block, projected, group, wanted=wanted)
-        # Now the gradient with respect to the logits, where these were.
-        if grads[0] is not None:
-            grads[0][start:stop] = projected @ weight
-        if grads[1] is not None:
-            grads[1].add_(projected.t() @ states)
-        if grads[2] is not None:
-            grads[2].add_(projected.sum(dim=0, dtype=grads[2].dtype))
-    return results
-
-
-def _slope(loss: Tensor, leaf: Tensor, block: Block) -> Tensor:
-    slope = torch.autograd.grad(loss, leaf, allow_unused=True)[0] if loss.requires_grad else None
-    if slope is None:
-        raise ConformanceError(
-            "a loss has to depend on the student's logits, or nothing is learned",
-            where=f"loss {', '.join(term.name for term in block.terms)}",
-        )
-    return slope
-
-
-def _run_losses(block: Block, projected: Tensor, group: list[Span], *, wanted: bool) -> tuple[Tensor, Tensor]:
-    """Loss and term sums; where a gradient is ``wanted``, it takes the place of the logits [n, V]."""
-    start = group[0].start
-    teacher = block.teacher(start, group[-1].stop)
-    found = []
-    for span in group:
-        first, last = span.start - start, span.stop - start
-        with torch.set_grad_enabled(wanted):
-            leaf = projected[first:last].detach().requires_grad_(wanted)
-            loss, parts = block(leaf, _part(teacher, slice(first, last)), span)
-            if wanted:
-                projected[first:last] = _slope(loss, leaf, block)
-        found.append((loss.detach(), parts))
-    return torch.stack([loss for loss, _ in found]).sum(), torch.stack([parts for _, parts in found]).sum(dim=0)

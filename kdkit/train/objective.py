@@ -18,7 +18,8 @@ from kdkit.api.data import TokenBatch
 from kdkit.api.errors import ModelError
 from kdkit.models.heads import split
 from kdkit.train.aligned import AlignedSignals
-from kdkit.train.blocks import ALIGNED_COPIES, Block, BlockSizes, block_tokens, blocked_logprobs, blocked_loss
+from kdkit.train.blocked import blocked_logprobs, blocked_loss
+from kdkit.train.blocks import ALIGNED_COPIES, Block, BlockSizes, block_tokens
 from kdkit.train.packing import isolates, unpack
 from kdkit.train.policy.terms import PolicyGradient, policy_gradient
 from kdkit.train.representation import HiddenStates, Match, add_matches, student_layers

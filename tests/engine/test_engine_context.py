@@ -74,6 +74,12 @@ def test_a_log_line_is_one_line(make_context):
     assert context.events[-1].data == {"message": "two lines"}
 
 
+def test_a_log_line_calls_an_output_as_the_results_of_a_run_do(make_context):
+    context = make_context()
+    context.log("${stages.kd-2.model} and ${stages.a.data}: ${vars.x} ${stages.a}")
+    assert context.events[-1].data == {"message": "kd-2.model and a.data: ${vars.x} ${stages.a}"}
+
+
 def test_progress_is_thinned_but_the_end_is_shown(make_context, monkeypatch):
     monkeypatch.setattr("kdkit.engine.context.monotonic", lambda: 5.0)
     context = make_context()

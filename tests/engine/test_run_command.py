@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -19,8 +20,11 @@ def test_a_run_prints_results_on_stdout_and_the_rest_on_stderr(project):
     project.recipe()
     done = project.kdkit("run", "recipe.yaml")
     assert done.returncode == 0
-    assert [line.split()[0] for line in done.stdout.splitlines()] == ["run", *["result"] * 3, "report", "next"]
-    assert "a  started (never ran)" in done.stderr
+    *lines, last = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["run", *["result"] * 3, "report", "next"]
+    assert last.strip() == "(pairs, speed, decoding, limits of the numbers)"
+    assert "a  started\n" in done.stderr, "that it never ran is no news"
+    assert "never ran" not in done.stderr
     assert "a  done in" in done.stderr
     again = project.kdkit("run", "recipe.yaml")
     assert [line for line in again.stderr.splitlines() if line.endswith("cached")] == [
@@ -140,18 +144,20 @@ def test_no_runs_is_no_error(project):
 
 
 def test_doctor_says_what_is_there(project):
-    done = project.kdkit("doctor", "--json")
+    done = project.kdkit("doctor", "--quick", "--json")
     assert done.returncode == 0
-    checks = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
-    assert {"kdkit", "torch", "cpu", "precision", "store", "hub", "model"} <= set(checks)
+    found = json.loads(done.stdout)
+    checks = {check["name"]: check for check in found["checks"]}
+    assert {"kdkit", "torch", "cpu", "precision", "store", "temp", "hub", "model", "extra", "sandbox"} <= set(checks)
+    assert (found["matmul"], "matmul" in checks) == ([], False)
     assert checks["hub"]["found"].startswith("offline")
-    broken = project.kdkit("doctor", KDKIT_STORE="/dev/null/store")
+    broken = project.kdkit("doctor", "--quick", KDKIT_STORE="/dev/null/store")
     assert broken.returncode == 4
     assert "missing store" in broken.stdout
 
 
 def test_doctor_never_shows_a_token(project):
-    done = project.kdkit("doctor", HF_TOKEN="canary-123456789")
+    done = project.kdkit("doctor", "--quick", HF_TOKEN="canary-123456789")
     assert "HF_TOKEN set" in done.stdout
     assert "canary" not in done.stdout + done.stderr
 
@@ -225,6 +231,53 @@ class Stream:
         return False
 
 
+LOG = "not clearly better than copying the input (the identity baseline): base on rouge-l, sft on rouge-l"
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """A stream that says it is a terminal of 40 columns."""
+    stream = Stream()
+    stream.isatty, stream.fileno, stream.encoding = lambda: True, lambda: 2, "utf-8"
+    monkeypatch.setattr("os.get_terminal_size", lambda _fd: os.terminal_size((40, 24)))
+    return stream
+
+
+def test_lines_on_a_terminal_end_between_words(terminal):
+    PlainView(6, terminal).show(Event("log", "report", {"message": LOG}))
+    lines = terminal.text.splitlines()
+    assert max(map(len, lines)) <= 40
+    assert lines[0].startswith("report  not clearly")
+    assert all(line.startswith(" " * 8) for line in lines[1:])
+    assert " ".join(line.strip() for line in lines).split() == ["report", *LOG.split()]
+
+
+def test_lines_in_a_file_stay_whole():
+    stream = Stream()
+    PlainView(6, stream).show(Event("log", "report", {"message": LOG * 9}))
+    assert stream.text.count("\n") == 1
+
+
+def test_paths_stay_whole_and_long_names_of_stages_leave_room(terminal):
+    path = "/a/path/that/is/longer/than-a-line/of-the-terminal.jsonl"
+    PlainView(30, terminal).show(Event("log", "s" * 30, {"message": f"reads {path} and writes"}))
+    assert terminal.text.splitlines() == ["s" * 30 + "  reads", f"  {path}", "  and writes"]
+
+
+def test_a_terminal_that_does_not_tell_its_width_has_80_columns(terminal, monkeypatch):
+    monkeypatch.setattr("os.get_terminal_size", lambda _fd: (_ for _ in ()).throw(OSError("inappropriate ioctl")))
+    PlainView(6, terminal).show(Event("log", "report", {"message": LOG}))
+    assert 40 < max(map(len, terminal.text.splitlines())) <= 80
+
+
+def test_why_a_stage_runs_again_is_said():
+    stream = Stream()
+    view = PlainView(2, stream)
+    view.show(Event("stage-started", "kd", {"state": "run", "why": "max_steps 12 -> 30"}))
+    view.show(Event("stage-started", "kd", {"state": "resume", "why": ""}))
+    assert stream.text.splitlines() == ["kd  started (max_steps 12 -> 30)", "kd  resumed"]
+
+
 def test_progress_is_a_plain_line_every_few_seconds(monkeypatch):
     now = [0.0]
     monkeypatch.setattr("kdkit.cli.progress.monotonic", lambda: now[0])
@@ -268,5 +321,7 @@ def test_the_live_view_draws_and_ends(project):
         view.show(Event("progress", "kd", {"step": 1, "total": 2, "loss": 0.5}))
         view.show(Event("stage-finished", "kd", {"status": "ok", "seconds": 1.0}))
         view.show(Event("stage-cached", "x", {}))
+        view.show(Event("log", "kd", {"message": LOG}))
     assert "kd  started ([never] ran)" in stream.text
+    assert f"{LOG[:76].rsplit(' ', 1)[0]}\n    " in stream.text, "80 columns, and no word cut"
     assert "kd  done in 1.0 s" in stream.text

@@ -48,14 +48,14 @@ def test_messages(load_context, file):
     assert (example.completion, example.every_turn) == ("2!", True)
     assert example.extra == {"tests": [1, 2], "source": "web"}
     assert only(load(load_context, path, every_turn=False)).every_turn is False
-    assert load_context.lines == [f"{path}: rows of the shape 'messages'"] * 2
+    assert load_context.lines == [f"{path}: rows with messages"] * 2
 
 
 def test_prompt_and_completion(load_context, file):
     example = only(load(load_context, file({"prompt": "Once", "completion": " upon a time", "n": 3})))
     assert (example.prompt, example.completion, example.every_turn) == ("Once", " upon a time", False)
     assert example.extra == {"n": 3}
-    assert load_context.lines[0].endswith("rows of the shape 'prompt and completion'")
+    assert load_context.lines[0].endswith("rows with prompt and completion")
 
 
 def test_prompt_and_completion_as_messages(load_context, file):
@@ -217,7 +217,7 @@ def test_stage_output_is_recognised(load_context, file):
     path = file(*map(example_to_json, written))
     rows = load(load_context, path)
     assert sorted(rows.examples, key=lambda e: e.id) == written
-    assert load_context.lines == [f"{path}: rows of the shape 'kdkit examples'"]
+    assert load_context.lines == [f"{path}: rows that kdkit wrote"]
 
 
 @pytest.mark.parametrize(

@@ -431,6 +431,97 @@ def test_an_answer_without_a_token_has_no_trace():
     assert got["b"]["own_kl"] == pytest.approx((0.0, 0.0), abs=1e-6)
 
 
+# --- positions --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def forcing():
+    """A :class:`Forcing` over models with few positions, and the lines it logs."""
+    from kdkit.models.chat import ChatEncoder
+    from kdkit.plugins.stages.forced import Forcing
+    from kdkit.plugins.stages.subjects import Subject
+
+    def make(own: int, theirs: int | None, max_length: int = 2048, *, table: bool = False):
+        model, tutor = tiny_model(seed=2), tiny_model(layers=3, seed=1)
+        if table:
+            model = gpt2(own)
+        model.config.max_position_embeddings = own
+        reach, asked = WithinReach(tutor), Asked()
+        reach.positions = theirs
+        asked.max_length, asked.lines = max_length, []
+        asked.log = asked.lines.append
+        subject = Subject("small", None, model, tiny_tokenizer(), ChatEncoder(tiny_tokenizer()))
+        return Forcing(subject, asked, asked, reach), reach, asked.lines, subject.encoder
+
+    return make
+
+
+def gpt2(positions: int):
+    """A model that fails where its table of positions ends."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=259, n_positions=positions, n_embd=32, n_layer=1, n_head=4, bos_token_id=256,
+                        eos_token_id=258)  # fmt: skip
+    return GPT2LMHeadModel(config).eval()
+
+
+def row_of(encoder, name: str, length: int) -> Example:
+    """An example that is ``length`` tokens long, prompt and reference together."""
+    empty = len(encoder.training(Example(id="x", prompt="p", completion="a")).ids) - 1
+    return Example(id=name, prompt="p", completion="a" * (length - empty), references=("a" * (length - empty),))
+
+
+@pytest.mark.parametrize(
+    ("own", "theirs", "max_length", "limit", "name"),
+    [
+        (60, None, 2048, 60, "the 60 positions of small"),
+        (200, 70, 2048, 70, "the 70 positions of the teacher"),
+        (60, 70, 2048, 60, "the 60 positions of small"),
+        (90, 90, 50, 50, "max_length=50"),
+        (50, 50, 50, 50, "max_length=50"),
+    ],
+)
+def test_rows_beyond_the_positions_have_no_perplexity_and_are_counted(forcing, own, theirs, max_length, limit, name):
+    made, _, lines, encoder = forcing(own, theirs, max_length)
+    rows = [row_of(encoder, f"{length - limit:+}", length) for length in (limit - 1, limit, limit + 1, limit + 30)]
+    assert [len(encoder.training(row).ids) for row in rows] == [limit - 1, limit, limit + 1, limit + 30]
+    assert set(made.references("d", rows)) == {"-1", "+0"}
+    assert lines == [f"d: 2 rows over {name} have no perplexity"]
+
+
+def test_a_table_of_positions_is_never_read_beyond_its_end(forcing):
+    made, _, lines, encoder = forcing(64, None, table=True)
+    scores = made.references("d", [row_of(encoder, "fits", 64), row_of(encoder, "long", 65)])
+    assert list(scores) == ["fits"]
+    rows = [Example(id="r", prompt="p")]
+    traces = made.own(made._teacher, rows, [Completion("", tuple(range(40, 140)), truncated=True)])
+    assert len(traces["r"]["own_reverse_kl"]) == 64 - len(encoder.prompt(rows[0]))
+    assert lines[1:] == ["1 answer measured only up to the 64 positions of small"]
+
+
+def test_a_trace_that_ends_at_the_last_position_is_the_start_of_the_whole_one(forcing):
+    rows = [Example(id=name, prompt=name * 3) for name in "abc"]
+    answers = [Completion("", tuple(range(30, 30 + count)), truncated=False) for count in (5, 40, 90)]
+    whole, reach, silent, encoder = forcing(2048, None)
+    all_of_it = whole.exposure(reach, rows, answers, answers)
+    assert silent == []
+    limit = len(encoder.prompt(rows[0])) + 41  # the second answer fits with its end token, the third does not
+    made, reach, lines, _ = forcing(2048, limit)
+    cut = made.exposure(reach, rows, answers, answers)
+    assert [len(cut[name]["own_kl"]) for name in "abc"] == [6, 41, 41]
+    for name in "abc":
+        for key, trace in cut[name].items():
+            assert trace == pytest.approx(all_of_it[name][key][: len(trace)], rel=1e-4, abs=1e-6)
+    assert lines == [f"1 answer measured only up to the {limit} positions of the teacher"] * 2
+
+
+def test_a_prompt_beyond_the_positions_has_an_empty_trace(forcing):
+    made, reach, lines, _ = forcing(20, None)
+    got = made.own(reach, [Example(id="r", prompt="p" * 60)], [Completion("", (5, 6), truncated=True)])
+    assert got == {"r": {"own_reverse_kl": ()}}
+    assert len(lines) == 1
+
+
 # --- baselines --------------------------------------------------------------------------------------------------------
 
 

@@ -7,7 +7,7 @@ import pytest
 from made_up_scores import metric, model, study
 from rich.console import Console
 
-from kdkit.report import views
+from kdkit.report import sentences, views
 from kdkit.report.collect import collect
 from kdkit.report.markdown import render_markdown
 from kdkit.report.terminal import render_terminal
@@ -115,7 +115,7 @@ def test_one_score_table_per_dataset(write) -> None:
     assert gap is not None
     assert "dolly/es/\nperplexity" in gap.header
     assert "| dolly/es/perplexity |" in render_markdown(data)
-    assert views.direction_line(data).startswith("Higher is better: rouge-l, exact-match. Lower")
+    assert sentences.direction_line(data).startswith("Higher is better: rouge-l, exact-match. Lower")
 
 
 def test_a_model_that_was_not_scored_has_a_dash(write) -> None:
@@ -184,7 +184,7 @@ def test_marks_compare_with_the_reference_in_both_directions(write) -> None:
     assert marks["b"] == "(+)"
     assert marks["same"] == "(=)"
     assert not marks["ref"].startswith("(")
-    assert "worse than ref" in views.legend(data)
+    assert "worse than ref" in sentences.legend(data)
 
 
 def test_marks_go_by_the_corrected_p(data) -> None:
@@ -195,11 +195,11 @@ def test_marks_go_by_the_corrected_p(data) -> None:
 
 
 def test_sampled_answers_are_a_limit(data) -> None:
-    assert not any("sampled" in line for line in views.limits(data))
+    assert not any("sampled" in line for line in sentences.limits(data))
     data["models"]["kd"]["decoding"]["dolly"]["do_sample"] = True
-    assert any("sampled once" in line for line in views.limits(data))
+    assert any("sampled once" in line for line in sentences.limits(data))
     data["models"]["kd"]["decoding"]["dolly"]["num_samples"] = 4
-    (line,) = [line for line in views.limits(data) if "sampled" in line]
+    (line,) = [line for line in sentences.limits(data) if "sampled" in line]
     assert "sampled 4 times per prompt" in line
 
 
@@ -208,7 +208,7 @@ def test_decoding_names_the_number_of_answers_only_where_they_are_sampled(data) 
         "a": {"do_sample": True, "temperature": 0.7, "num_samples": 4},
         "b": {"do_sample": False, "temperature": 1.0, "num_samples": 1},
     }
-    assert views.decoding_lines(data) == [
+    assert sentences.decoding_lines(data) == [
         "a: do_sample = true, temperature = 0.7, num_samples = 4",
         "b: do_sample = false",
     ]
@@ -233,7 +233,7 @@ def test_baselines_stand_below_the_scores(with_baselines) -> None:
     assert table["reference"] == ["100"]
     text = shown(with_baselines)
     assert re.search(r"^identity +9\.5 ±2\.\d$", text, flags=re.MULTILINE)
-    line = views.baselines_line(with_baselines)
+    line = sentences.baselines_line(with_baselines)
     assert line.startswith("Baselines: identity echoes the input; reference gives")
     assert line.split()[0] in text
     assert line in render_markdown(with_baselines)
@@ -241,14 +241,14 @@ def test_baselines_stand_below_the_scores(with_baselines) -> None:
 
 
 def test_a_report_without_baselines_does_not_mention_them(data) -> None:
-    assert views.baselines_line(data) == ""
+    assert sentences.baselines_line(data) == ""
     del data["baselines"]  # as in a report of an earlier version
     assert "aseline" not in render_markdown(data)
     assert "aseline" not in shown(data)
 
 
 def test_a_metric_without_a_direction_is_said_to_have_none(with_baselines) -> None:
-    assert views.direction_line(with_baselines) == "Higher is better: rouge-l. Neither is better: length."
+    assert sentences.direction_line(with_baselines) == "Higher is better: rouge-l. Neither is better: length."
     assert "Differences in length" not in render_markdown(with_baselines)
 
 
@@ -269,14 +269,14 @@ def test_models_that_gave_no_answers_have_no_row(data) -> None:
 
 def test_a_variant_of_a_metric_has_its_caveat(write) -> None:
     models = {"a": model({"d": {"rouge-l-code": metric([1.0, 2.0])}})}
-    lines = views.limits(collect([write(models)], recipe="r", seed=1))
+    lines = sentences.limits(collect([write(models)], recipe="r", seed=1))
     assert any(line.startswith("ROUGE-L counts shared words") for line in lines)
 
 
 def test_few_examples_are_a_limit(write) -> None:
     for n, wanted in ((49, True), (50, False)):
         models = {"a": model({"d": {"m": metric([float(i) for i in range(n)])}})}
-        lines = views.limits(collect([write(models, f"n{n}")], recipe="r", seed=1))
+        lines = sentences.limits(collect([write(models, f"n{n}")], recipe="r", seed=1))
         assert any("fewer than 50 examples" in line for line in lines) is wanted
 
 
@@ -299,3 +299,9 @@ def test_an_undefined_score_does_not_change_the_number_of_examples(write) -> Non
 
 def test_the_reference_is_a_bound_for_metrics_of_references_only(with_baselines) -> None:
     assert "the most that metrics which compare with references can give" in render_markdown(with_baselines)
+
+
+def test_further_lines_of_a_note_stand_below_its_first_word(data):
+    text = shown({**data, "notes": ["one " * 30, "two"]}, 60)
+    lines = text[text.index("Notes") :].splitlines()[1:5]
+    assert [line[:5] for line in lines] == ["- one", "  one", "  one", "- two"]

@@ -12,7 +12,7 @@ from kdkit.api import ConformanceError, PolicyLossOutput, TopK
 from kdkit.plugins.losses.token import ReverseKL, cross_entropy
 from kdkit.testing.tiny import tiny_model
 from kdkit.train.batching import collate, micro_batches
-from kdkit.train.blocks import _part
+from kdkit.train.blocks import signal_part
 from kdkit.train.objective import CausalObjective, LossTerm
 from kdkit.train.packing import pack
 from kdkit.train.policy import terms as policy_terms
@@ -232,7 +232,7 @@ def test_a_loss_is_never_asked_about_no_token():
 def test_a_part_of_a_signal_has_all_that_it_says():
     signal = TopK(torch.arange(8).view(4, 2), torch.randn(4, 2), tail_mass=torch.rand(4), taken=torch.randn(4))
     for which in (slice(1, 3), torch.tensor([0, 3])):
-        part = _part(signal, which)
+        part = signal_part(signal, which)
         for name in ("ids", "logprobs", "tail_mass", "taken"):
             assert torch.equal(getattr(part, name), getattr(signal, name)[which]), name
 

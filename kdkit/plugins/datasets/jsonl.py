@@ -27,6 +27,12 @@ from kdkit.plugins.datasets.values import RowError, SourceRow, text
 __all__ = ["JsonlLoader", "shape_of"]
 
 Shape: TypeAlias = Literal["kdkit examples", "messages", "prompt and completion", "prompt only"]
+_SAID: Final[Mapping[Shape, str]] = {
+    "kdkit examples": "rows that kdkit wrote",
+    "messages": "rows with messages",
+    "prompt and completion": "rows with prompt and completion",
+    "prompt only": "rows with a prompt only",
+}
 _OWN: Final = ("messages", "prompt", "completion", "id", "category", "references")
 """Columns with a meaning; all others are kept in ``Example.extra``."""
 
@@ -42,7 +48,7 @@ class JsonlLoader:
         reader = _Reader(every_turn=self._params.every_turn)
         rows = load_rows(self._params, self._params, reader.convert, ctx, hub_split="train")
         if reader.shape:
-            ctx.log(f"{self._params.source}: rows of the shape {reader.shape!r}")
+            ctx.log(f"{self._params.source}: {_SAID[reader.shape]}")
         return rows
 
     def sample(self) -> Rows:

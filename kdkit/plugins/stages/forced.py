@@ -10,6 +10,7 @@ from kdkit.api.data import Example
 from kdkit.api.errors import StageError
 from kdkit.models.chat import Encoded
 from kdkit.models.load import check_same_vocabulary, vocabulary
+from kdkit.models.positions import positions
 from kdkit.train.scoring import ExampleScore, score_examples, token_kl
 
 if TYPE_CHECKING:
@@ -36,6 +37,9 @@ class Forced:
 class Forcing:
     """Teacher-forced passes of one model.
 
+    No row is longer than the positions that the configurations of the model and the teacher name: what either says
+    about later tokens is no measurement, and where positions are a table there is nothing to look up.
+
     Args:
         subject: The model.
         params: Lengths and batch size.
@@ -49,17 +53,24 @@ class Forcing:
     def __init__(self, subject: Subject, params: EvaluateParams, ctx: StageContext, teacher: Teacher | None) -> None:
         self._subject, self._params, self._log = subject, params, ctx.log
         self._teacher = teacher
+        limits = ((positions(subject.model.config), subject.name), (getattr(teacher, "positions", None), "the teacher"))
+        self._readable = min(((limit, whose) for limit, whose in limits if limit is not None), default=None)
         self._shared: int | None = None
         if teacher is not None:
             self._shared = check_same_vocabulary(vocabulary(subject.tokenizer, subject.model), teacher.vocabulary)
 
     def references(self, dataset: str, rows: Sequence[Example]) -> dict[str, ExampleScore]:
-        """Scores of the first reference of every row that has one and fits ``max_length``, by example id."""
-        limit = self._params.max_length
+        """Scores of the first reference of every row that has one and fits, by example id; the others are counted.
+
+        A row fits within ``max_length`` and the positions of both models.
+        """
+        limit, name = self._params.max_length, f"max_length={self._params.max_length}"
+        if self._readable is not None and self._readable[0] < limit:
+            limit, name = self._readable[0], self._positions()
         encoded = [self._subject.encoder.training(_answered(row)) for row in rows if row.targets]
         fitting = [row for row in encoded if len(row.ids) <= limit and row.targets]
         if len(fitting) < len(encoded):
-            self._log(f"{dataset}: {len(encoded) - len(fitting)} rows over max_length={limit} have no perplexity")
+            self._log(f"{dataset}: {len(encoded) - len(fitting)} rows over {name} have no perplexity")
         scores = score_examples(
             self._subject.model,
             fitting,
@@ -97,6 +108,7 @@ class Forcing:
     ) -> list[tuple[float, ...]]:
         encoder = self._subject.encoder
         encoded = [_followed(encoder.prompt(row), row.id, answer) for row, answer in zip(rows, answers, strict=True)]
+        encoded = self._within(encoded)
         places = [place for place, row in enumerate(encoded) if row.targets]
         traces = token_kl(
             self._subject.model,
@@ -108,6 +120,19 @@ class Forcing:
         )
         by_place = dict(zip(places, traces, strict=True))
         return [by_place.get(place, ()) for place in range(len(rows))]
+
+    def _within(self, rows: Sequence[Encoded]) -> list[Encoded]:
+        """The rows as far as both models read: a trace goes by what comes before, so that its start stays right."""
+        if self._readable is None:
+            return list(rows)
+        limit = self._readable[0]
+        if cut := sum(len(row.ids) > limit for row in rows):
+            self._log(f"{cut} answer{'s'[: cut > 1]} measured only up to {self._positions()}")
+        return [row.cut(limit) for row in rows]
+
+    def _positions(self) -> str:
+        """Which limit it is that rows stay within besides ``max_length``."""
+        return "" if self._readable is None else f"the {self._readable[0]} positions of {self._readable[1]}"
 
 
 def _followed(prompt: Sequence[int], name: str, answer: Completion) -> Encoded:

@@ -121,7 +121,8 @@ class EvaluateParams(Params):
     overlong_prompts: Literal["fail", "drop"] = "fail"
     """A prompt that is too long for any of the models is an error, or is left out for all of them, and counted."""
     max_length: int = Field(2048, ge=2)
-    """Prompt and reference together, for teacher-forced metrics; longer rows are left out and counted."""
+    """Prompt and reference together, for teacher-forced metrics; longer rows are left out and counted, and so are those
+    that exceed the positions of the model or the teacher."""
     per_device_eval_batch_size: int = Field(16, ge=1)
     """Rows of one teacher-forced forward pass; in bf16 the rounding depends on it."""
     precision: Precision = "auto"
@@ -212,7 +213,7 @@ def kdkit_stages() -> Iterator[StageSpec[Any]]:
         run=_evaluate,
         outputs={"scores": Scores},
         check=check_evaluate,
-        version=4,
+        version=5,
     )
     yield StageSpec(
         name="report",

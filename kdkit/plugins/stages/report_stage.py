@@ -33,6 +33,7 @@ def run(params: ReportParams, ctx: StageContext) -> StageOutputs:
     )
     out = ctx.out / "report"
     write_report(report, out, scores)
-    for note in report["notes"]:
-        ctx.log(note)
+    if notes := len(report["notes"]):
+        # They stand below the tables, which are printed when the run ends.
+        ctx.log(f"{notes} note{'s'[: notes > 1]} on these numbers")
     return {"report": ReportFiles(path=out, info={"models": list(report["models"])})}

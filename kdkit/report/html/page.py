@@ -13,7 +13,7 @@ from typing import Any, Final
 from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
-from kdkit.report import views
+from kdkit.report import sentences, views
 from kdkit.report.figures import number
 from kdkit.report.html.charts import COLOURS
 from kdkit.report.html.plots import category_figures, loss_figures, reward_figures, score_figures
@@ -78,7 +78,7 @@ def _content(report: Mapping[str, Any], scores: Sequence[Path]) -> dict[str, Any
         "summary": sentence(report),
         "colours": {name: index % COLOURS for index, name in enumerate(report["models"])},
         "scores": [(scores_grid(report, of), list(score_figures(report, of))) for of in by_dataset],
-        "legend": views.legend(report).partition(" (+)")[0],
+        "legend": sentences.legend(report).partition(" (+)")[0],
         "shares": [grid for grid in shares if grid],
         "pairs": list(pair_grids(report)),
         "categories": _categories(report, by_dataset),
@@ -90,8 +90,8 @@ def _content(report: Mapping[str, Any], scores: Sequence[Path]) -> dict[str, Any
         "layers": list(quantization_figures(report)),
         "sizes": sizes_grid(report, history),
         "answers": plain_grid(views.answers_table(report)),
-        "decoding": views.decoding_lines(report),
-        "limits": views.limits(report),
+        "decoding": sentences.decoding_lines(report),
+        "limits": sentences.limits(report),
         "stages": list(history.stages.values()),
         "versions": _versions(history.stages.values()),
     }

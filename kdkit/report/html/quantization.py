@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from kdkit.report import views
+from kdkit.report.entries import quantization
 from kdkit.report.figures import MISSING, number
 from kdkit.report.html.charts import Line, line_chart
 from kdkit.report.html.plots import Figure
@@ -19,7 +19,7 @@ Errors = Mapping[str, float | None]
 def quantization_figures(report: Mapping[str, Any]) -> Iterator[Figure]:
     """One chart per quantised model that has figures of its layers."""
     for index, (name, model) in enumerate(report["models"].items()):
-        facts = views.quantization(model)
+        facts = quantization(model)
         if facts is None or not any(error is not None for error in facts["layer_errors"].values()):
             continue
         own, nearest = facts["layer_errors"], facts["rtn_errors"]
