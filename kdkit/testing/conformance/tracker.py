@@ -59,11 +59,6 @@ class TrackerConformance:
 
     # -- helpers
 
-    @pytest.fixture
-    def run(self, tmp_path: Path) -> RunInfo:
-        """A stage ``sft`` of a run whose directory is there."""
-        return self._info(tmp_path / "runs" / "conformance")
-
     def _info(self, run_dir: Path, stage: str = "sft") -> RunInfo:
         run_dir.mkdir(parents=True, exist_ok=True)
         return RunInfo(recipe="conformance", stage=stage, run_dir=run_dir, config=copy.deepcopy(_CONFIG))
@@ -83,8 +78,9 @@ class TrackerConformance:
 
     # -- the contract
 
-    def test_it_takes_whatever_stages_log(self, run: RunInfo) -> None:
+    def test_it_takes_whatever_stages_log(self, tmp_path: Path) -> None:
         """Integers, names with slashes and accents, numbers that are none, steps that repeat or go back, nothing."""
+        run = self._info(tmp_path / "run")
         tracker = self.build(run)
         for step, values in (
             (0, {"loss": 1}),
@@ -96,8 +92,9 @@ class TrackerConformance:
             tracker.log(values, step)
         tracker.finish("ok")
 
-    def test_nothing_is_lost(self, run: RunInfo) -> None:
+    def test_nothing_is_lost(self, tmp_path: Path) -> None:
         """Everything is kept when the stage has ended, also of one that failed."""
+        run = self._info(tmp_path / "run")
         tracker = self.build(run)
         for step, values in _LOGGED:
             tracker.log(values, step)
@@ -123,8 +120,9 @@ class TrackerConformance:
         for info, sign in ((first, 1.0), (second, -1.0)):
             self._same(self._kept(info), [(step, {"loss": sign * step}) for step in (1, 2)])
 
-    def test_a_resumed_stage_continues(self, run: RunInfo) -> None:
+    def test_a_resumed_stage_continues(self, tmp_path: Path) -> None:
         """What was logged before a stage was stopped stays."""
+        run = self._info(tmp_path / "run")
         for step, status in ((1, "stopped"), (2, "ok")):
             tracker = self.build(run)
             tracker.log({"loss": float(step)}, step)
@@ -143,8 +141,9 @@ class TrackerConformance:
         written = [path for path in tree(tmp_path) if not path.startswith("runs/conformance")]
         assert set(written) == {"home", "temporary", "here", "runs"}, f"it wrote {', '.join(sorted(written))}"
 
-    def test_artifacts_stay_as_they_are(self, run: RunInfo) -> None:
+    def test_artifacts_stay_as_they_are(self, tmp_path: Path) -> None:
         """A file, a directory and one that is gone already: none is moved, changed or a reason to fail."""
+        run = self._info(tmp_path / "run")
         folder = run.run_dir / "report"
         folder.mkdir()
         (folder / "report.md").write_text("# Report\n", encoding="utf-8")
@@ -154,21 +153,24 @@ class TrackerConformance:
                 tracker.artifact(path)
             tracker.finish("ok")
 
-    def test_what_it_is_given_stays_as_it_is(self, run: RunInfo) -> None:
+    def test_what_it_is_given_stays_as_it_is(self, tmp_path: Path) -> None:
         """The recipe's values and a stage's metrics are shared with everybody else."""
+        run = self._info(tmp_path / "run")
         tracker = self.build(run)
         tracker.log(MappingProxyType({"loss": 1.0}), 1)
         tracker.finish("ok")
         assert run.config == _CONFIG, "the recipe's values were changed"
 
-    def test_it_prints_nothing(self, run: RunInfo) -> None:
+    def test_it_prints_nothing(self, tmp_path: Path) -> None:
         """Standard output belongs to the results of the command."""
+        run = self._info(tmp_path / "run")
         said = io.StringIO()
         with redirect_stdout(said):
             self._whole(run, run.run_dir / "artifact")
         assert not said.getvalue(), f"it printed {said.getvalue()[:200]!r}"
 
-    def test_it_stays_on_this_machine(self, run: RunInfo) -> None:
+    def test_it_stays_on_this_machine(self, tmp_path: Path) -> None:
+        run = self._info(tmp_path / "run")
         with nullcontext() if self.online else network_refused():
             self._whole(run, run.run_dir / "artifact")
 
@@ -180,7 +182,8 @@ class TrackerConformance:
         with _may_fail("a directory that cannot be made"):
             self._whole(run, tmp_path / "artifact")
 
-    def test_a_server_that_is_away_is_one_line(self, run: RunInfo) -> None:
+    def test_a_server_that_is_away_is_one_line(self, tmp_path: Path) -> None:
+        run = self._info(tmp_path / "run")
         with _may_fail("a server that is away"):
             tracker = self.build_broken(run)
             if tracker is None:
