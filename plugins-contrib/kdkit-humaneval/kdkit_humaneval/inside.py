@@ -19,8 +19,8 @@ from typing import Any
 _NOT_A_VALUE = (ValueError, TypeError, SyntaxError, RecursionError, MemoryError)
 
 
-class _Unrepeatable(BaseException):
-    """The tests do not make the same calls again, or pass something that has no literal."""
+class _Unwritable(BaseException):
+    """The tests pass something that has no literal."""
 
 
 def main() -> None:
@@ -36,23 +36,26 @@ def main() -> None:
 
 
 def _record(order: dict[str, Any]) -> object:
-    """The calls, each the text of ``(arguments, keywords)``; or why there is no such list."""
+    """The calls, each the text of ``(arguments, keywords)``, and what the solution returns; or why there are none."""
     calls: list[str] = []
+    results: list[str | None] = []
+    solution = getattr(_module(order["solved"]), order["entry_point"])
 
     def candidate(*args: Any, **named: Any) -> Any:
         calls.append(_literal((args, named)))
+        results.append(None)
         # The next call must not see what this one does to its arguments.
-        return solution(*copy.deepcopy(args), **copy.deepcopy(named))
+        result = solution(*copy.deepcopy(args), **copy.deepcopy(named))
+        results[-1] = repr(result)
+        return result
 
     try:
-        module = _module(order["solved"])
-        solution = getattr(module, order["entry_point"])
-        _run_tests(module, order, candidate)
-    except _Unrepeatable as error:
-        return str(error)
+        _run_tests(order, candidate)
+    except _Unwritable:
+        return "its tests pass a value that cannot be written down"
     except Exception as error:  # noqa: BLE001 - whatever the tests raise, they do not accept the solution
         return f"its own solution does not pass its tests ({type(error).__name__})"
-    return calls
+    return {"calls": calls, "results": results}
 
 
 def _answer(order: dict[str, Any]) -> object:
@@ -70,22 +73,18 @@ def _answer(order: dict[str, Any]) -> object:
 
 
 def _check(order: dict[str, Any]) -> object:
-    """Whether the tests accept the results; or why they cannot be asked."""
+    """Whether the tests accept the results."""
     said = iter(zip(order["calls"], order["results"], strict=True))
 
     def candidate(*args: Any, **named: Any) -> Any:
         call, result = next(said, (None, None))
-        if call is None or ast.literal_eval(call) != (args, named):
-            raise _Unrepeatable("its tests make other calls every time")
-        if result is None:
-            raise RuntimeError("the program raised")
+        # Other calls follow on wrong values only: an assertion that fails may call again for its message.
+        if call is None or result is None or ast.literal_eval(call) != (args, named):
+            raise RuntimeError("the program raised, or the tests go another way")
         return _value(result)
 
-    module = _module(order["solved"])
     try:
-        _run_tests(module, order, candidate)
-    except _Unrepeatable as error:
-        return str(error)
+        _run_tests(order, candidate)
     except Exception:  # noqa: BLE001 - a failed assertion, or what a wrong value leads to
         return False
     return True
@@ -99,8 +98,9 @@ def _module(*sources: str) -> ModuleType:
     return module
 
 
-def _run_tests(module: ModuleType, order: dict[str, Any], candidate: Callable[..., Any]) -> None:
+def _run_tests(order: dict[str, Any], candidate: Callable[..., Any]) -> None:
     # Tests may call helper functions of the prompt, and the function by its name.
+    module = _module(order["solved"])
     setattr(module, order["entry_point"], candidate)
     exec(compile(order["test"], "<test>", "exec"), vars(module))  # noqa: S102 - as above
     random.seed(0)
@@ -114,7 +114,7 @@ def _literal(value: object) -> str:
             return text
     except _NOT_A_VALUE:
         pass
-    raise _Unrepeatable("its tests pass a value that cannot be written down")
+    raise _Unwritable
 
 
 def _value(text: str) -> object:

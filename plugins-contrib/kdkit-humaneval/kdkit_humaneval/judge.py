@@ -97,18 +97,15 @@ class HumanEvalTests:
             found[index] = _of_failure(result) if isinstance(result, _Failed) else after(order, result)
 
     def _recorded(self, problems: Sequence[_Order]) -> dict[str, list[str] | RewardScore]:
-        """The calls that the tests of each problem make, or why they cannot be made; what was learnt is remembered."""
+        """The calls that the tests of each problem make, or why it cannot be judged; what was learnt is remembered."""
         new = {key: problem for problem in problems if (key := _key(problem)) not in self._calls}
-        failed: dict[str, list[str] | RewardScore] = {}
-        for key, said in zip(new, self._run("record", list(new.values())), strict=True):
-            if isinstance(said, _Failed) and said.sandbox:
-                failed[key] = RewardScore.infra_error(said.reason)
-            elif isinstance(said, list):
-                self._calls[key] = said
-            else:
-                reason = said.reason if isinstance(said, _Failed) else said
-                self._calls[key] = RewardScore.unscorable(f"the problem cannot be judged: {reason}")
-        return {**self._calls, **failed}
+        found: list[_Order | RewardScore] = list(new.values())
+        self._step("record", found, _with_calls)
+        # The same results in another process: what is refused then would be refused of every program.
+        self._step("check", found, _with_verdict)
+        made = {key: _usable(calls) for key, calls in zip(new, found, strict=True)}
+        self._calls.update({key: calls for key, calls in made.items() if getattr(calls, "status", "") != "infra-error"})
+        return {**self._calls, **made}
 
     def _run(self, step: str, orders: Sequence[_Order]) -> list[Any]:
         """What each order came to, or why it came to nothing."""
@@ -146,6 +143,24 @@ def _order(rollout: Rollout, problem: _Order, calls: list[str] | RewardScore) ->
     return {**problem, "program": block, "calls": calls}
 
 
+def _with_calls(order: _Order, said: Any) -> _Order | RewardScore:
+    return {**order, **said} if isinstance(said, dict) else RewardScore("ok", 0.0, str(said))
+
+
+def _with_verdict(order: _Order, said: Any) -> _Order | RewardScore:
+    return order if said is True else RewardScore("ok", 0.0, "its tests do not accept its own solution again")
+
+
+def _usable(found: _Order | RewardScore) -> list[str] | RewardScore:
+    """The calls, or what a problem without them says of every program."""
+    if not isinstance(found, RewardScore):
+        calls: list[str] = found["calls"]
+        return calls
+    if found.status == "infra-error":
+        return found
+    return RewardScore.unscorable(f"the problem cannot be judged: {found.reason}")
+
+
 def _with_results(order: _Order, said: Any) -> _Order | RewardScore:
     texts = isinstance(said, list) and all(result is None or isinstance(result, str) for result in said)
     if not texts or len(said) != len(order["calls"]):
@@ -155,8 +170,6 @@ def _with_results(order: _Order, said: Any) -> _Order | RewardScore:
 
 def _verdict(order: _Order, said: Any) -> RewardScore:
     del order
-    if isinstance(said, str):
-        return RewardScore.unscorable(f"the problem cannot be judged: {said}")
     return RewardScore("ok", 1.0, "passed") if said is True else RewardScore("ok", 0.0, "wrong")
 
 

@@ -123,6 +123,19 @@ def test_a_continuation_ends_with_the_function(judge: Judge) -> None:
     assert judge("middle", block(MIDDLE), prompt_style="complete").value == 0.0
 
 
+def test_a_function_that_calls_itself_is_called_by_the_tests_only(judge: Judge) -> None:
+    code = "def middle(text):\n    return middle(text[1:-1]) if len(text) > 2 else text"
+    assert judge("middle", block(code)).value == 1.0
+
+
+def test_solutions_and_messages_may_call_the_function(reward: Reward) -> None:
+    solved = "def middle(text):\n    return middle(text[1:-1]) if len(text) > 2 else text"
+    test = "def check(candidate):\n    assert candidate('abc') == 'b', 'it says ' + candidate('abc')"
+    example = changed("middle", solved=solved, test=test)
+    wrong = rollout(example, block("def middle(text):\n    return text"))
+    assert [score.reason for score in reward([rollout(example, block(MIDDLE)), wrong])] == ["passed", "wrong"]
+
+
 def changed(name: str, **facts: Any) -> Example:
     example = sample()[name]
     return replace(example, extra={"humaneval": {**example.extra["humaneval"], **facts}})
@@ -140,7 +153,7 @@ UNSCORABLE: dict[str, tuple[Callable[[], Example], str]] = {
     ),
     "other calls every time": (
         lambda: changed("middle", test="import os\ndef check(candidate):\n    candidate(os.urandom(8).hex())"),
-        "the problem cannot be judged: its tests make other calls every time",
+        "the problem cannot be judged: its tests do not accept its own solution again",
     ),
     "tests that never end": (
         lambda: changed("middle", test="def check(candidate):\n    while True: pass"),
