@@ -17,7 +17,7 @@ from pydantic import BaseModel, BeforeValidator, Field, GetCoreSchemaHandler, Ge
 from pydantic_core import InitErrorDetails, PydanticCustomError, core_schema
 
 from kdkit.api.artifacts import Artifact, KeepLayers, Model
-from kdkit.api.errors import KdkitError
+from kdkit.api.errors import KdkitError, PluginError
 from kdkit.api.params import Params, iter_fields
 from kdkit.api.protocols import KIND_OF_PROTOCOL
 
@@ -119,10 +119,29 @@ class Component(Generic[T_co]):
         own = cls.slot_fields()
         extra, extra_errors = _validated(own, {k: v for k, v in value.items() if k in own.model_fields}, {})
         rest = {k: v for k, v in value.items() if k != "use" and k not in own.model_fields}
-        params, param_errors = _validated(found.spec.params, rest, context)
+        with _Validators(found):
+            params, param_errors = _validated(found.spec.params, rest, context)
         if extra is None or params is None:
             raise ValidationError.from_exception_data(found.qualified_name, [*extra_errors, *param_errors])
         return cls(kind, found, params, dict(iter_fields(extra)))
+
+
+class _Validators:
+    """Around the validators of a component, which are a plugin's code: a complaint about a value is a ValidationError,
+    anything else they raise is the plugin's fault and names it.
+    """
+
+    def __init__(self, found: Found) -> None:
+        self._found = found
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Exception) and not isinstance(error, KdkitError | ValidationError):
+            found = self._found
+            where = f"{found.spec.kind} {found.qualified_name!r} ({found.source})"
+            raise PluginError(f"its parameters raise {type(error).__name__}: {error}", where=where) from error
 
 
 def _find(lookup: Lookup, kind: str, name: str) -> Found:

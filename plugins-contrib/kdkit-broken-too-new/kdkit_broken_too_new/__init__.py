@@ -1,0 +1,1 @@
+"""A plugin for a kdkit that does not exist yet."""

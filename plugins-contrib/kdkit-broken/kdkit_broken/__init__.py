@@ -1,0 +1,1 @@
+"""Plugins for kdkit that do not work, each in a way of its own."""

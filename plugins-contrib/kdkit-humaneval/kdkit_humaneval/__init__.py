@@ -1,0 +1,1 @@
+"""HumanEval for kdkit: functions to write or to repair, judged by their tests in a sandbox."""

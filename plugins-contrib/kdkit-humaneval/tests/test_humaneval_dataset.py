@@ -1,0 +1,140 @@
+"""What becomes of rows, and which are refused."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import sample
+
+import kdkit
+from kdkit.api import DataError, Dataset, Example, RecipeError
+
+ROWS = [json.loads(line) for line in (files("kdkit_humaneval") / "sample.jsonl").read_text("utf-8").splitlines()]
+Write = Callable[[Sequence[str]], Path]
+
+
+class Context:
+    """A ``LoadContext`` that takes references for paths."""
+
+    seed = 0
+    offline = True
+
+    def resolve(self, ref: Any, /) -> Any:
+        return Dataset(path=Path(str(ref.source)))
+
+
+def load(path: Path, **params: Any) -> list[Example]:
+    return list(kdkit.build("dataset", "humaneval", source=str(path), **params).load(Context()).examples)
+
+
+def test_a_problem_to_write() -> None:
+    example = sample()["unrotate"]
+    (message,) = example.prompt
+    assert not isinstance(message, str)
+    assert message.role == "user"
+    assert message.content.startswith("Complete this Python function. Answer with the whole function")
+    assert "def rotate(" in message.content
+    assert message.content.endswith('    \'abc\'\n    """\n```')
+    assert example.completion is not None
+    assert example.completion.endswith("    return rotate(word, -places)\n```")
+    facts = example.extra["humaneval"]
+    assert facts["before"].endswith("return word[places:] + word[:places]\n\n\n")
+    assert facts["continues"] is False
+
+
+def test_a_problem_to_complete() -> None:
+    example = sample(prompt_style="complete")["unrotate"]
+    assert example.prompt == ROWS[2]["prompt"] == example.extra["humaneval"]["before"]
+    assert example.completion == "    return rotate(word, -places)\n"
+
+
+def test_a_problem_to_fix() -> None:
+    example = sample(task="fix")["unrotate"]
+    (message,) = example.prompt
+    assert not isinstance(message, str)
+    assert "return rotate(word, places)\n```" in message.content
+    assert "-places" not in message.content
+    assert "return rotate(word, places)" in example.echo
+    assert example.category == "operator misuse"
+    assert example.completion == sample()["unrotate"].completion
+
+
+def test_a_call_at_the_end_of_the_tests_is_left_to_the_judge(written: Write) -> None:
+    row = {**ROWS[0], "test": ROWS[0]["test"] + "\n\ncheck(middle)\n"}
+    (example,) = load(written([json.dumps(row)]))
+    assert example.extra["humaneval"]["test"] == sample()["middle"].extra["humaneval"]["test"]
+    assert "check(middle)" not in example.extra["humaneval"]["test"]
+
+
+def test_files_of_both_kinds_in_their_order(written: Write, tmp_path: Path) -> None:
+    plain = written([*map(json.dumps, ROWS), ""])
+    packed = tmp_path / "problems.jsonl.gz"
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    assert load(plain) == load(packed)
+    assert [row.id for row in load(plain)] == [f"Sample/{number}" for number in range(8)]
+    assert [row.id for row in load(plain, max_rows=2)] == ["Sample/0", "Sample/1"]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"entry_point": "other"}, "'prompt' defines no function 'other'"),
+        ({"task_id": ""}, "has no text in 'task_id'; its columns: task_id, prompt"),
+        ({"canonical_solution": 3}, "has no text in 'canonical_solution'"),
+        ({"test": "def check("}, "'test' is no Python"),
+        ({"test": "assert middle('a') == 'a'"}, "'test' defines no function 'check'"),
+    ],
+)
+def test_rows_that_are_refused(change: dict[str, Any], reason: str, written: Write) -> None:
+    path = written([json.dumps(ROWS[1]), json.dumps({**ROWS[0], **change})])
+    with pytest.raises(DataError) as info:
+        load(path)
+    assert str(info.value).startswith(f"{path}:2: {reason}")
+
+
+def test_a_row_that_has_nothing_to_fix(written: Write) -> None:
+    path = written([json.dumps({**ROWS[0], "buggy_solution": None})])
+    assert load(path)
+    with pytest.raises(DataError, match="has no text in 'buggy_solution'"):
+        load(path, task="fix")
+
+
+@pytest.mark.parametrize(
+    ("lines", "reason"),
+    [
+        (["{"], ":1: is no JSON"),
+        (["[" * 100_000], ":1: is no JSON"),
+        (["[1]"], ":1: is no JSON object"),
+        ([json.dumps(ROWS[0])] * 2, ":2: task_id 'Sample/0' is there twice"),
+        ([], ": has no rows"),
+    ],
+)
+def test_files_that_are_refused(lines: list[str], reason: str, written: Write) -> None:
+    path = written(lines)
+    with pytest.raises(DataError) as info:
+        load(path)
+    assert str(info.value).startswith(f"{path}{reason}")
+
+
+def test_what_is_no_file_of_rows(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="is a directory; allowed: a file of JSON Lines"):
+        load(tmp_path)
+    with pytest.raises(DataError, match="no such file"):
+        load(tmp_path / "missing.jsonl")
+    (tmp_path / "bytes.jsonl").write_bytes(b"\xff\xfe")
+    with pytest.raises(DataError, match="cannot be read"):
+        load(tmp_path / "bytes.jsonl")
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b"{}" * 99)[:-9])
+    with pytest.raises(DataError, match="cannot be read"):
+        load(tmp_path / "cut.jsonl.gz")
+
+
+def test_a_repair_has_no_prompt_to_complete() -> None:
+    with pytest.raises(RecipeError, match="use prompt_style: chat"):
+        sample(task="fix", prompt_style="complete")

@@ -1,0 +1,1 @@
+"""A reward for kdkit: programs that ruff has nothing to say about."""
