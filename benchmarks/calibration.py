@@ -70,7 +70,12 @@ def main() -> None:
     parser.add_argument("--text", type=Path, default=TEXT, help="generic text, JSON Lines with `text`")
     text = parser.parse_args().text.resolve()
     task = report()
-    generic = report(**{"gptq-answers.calibration": {"use": "jsonl", "source": str(text), "split": "all"}})
+    few = {
+        "eval.models": {name: f"${{stages.{name}.model}}" for name in (FULL, "gptq-answers")},
+        "report.teacher": None,
+    }
+    rows_of_text = {"use": "jsonl", "source": str(text), "split": "all"}
+    generic = report(**{"gptq-answers.calibration": rows_of_text}, **few)
     rows = [
         row("16 bits", task, FULL),
         row("rounded to nearest", task, "rtn"),
