@@ -201,7 +201,6 @@ def test_settings_are_those_of_each_component(here):
         "stages.sft.data.source",
         "stages.sft.data.test_fraction",
         "stages.kd.losses.0.temperature",
-        "stages.kd.losses.1.weight",
         "stages.kd.teacher",
     } <= set(paths)
     assert not {"stages.sft.kind", "stages.sft.data.use", "stages.sft.losses.0.temperature"} & set(paths)
