@@ -3,43 +3,40 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Final, Literal, NoReturn
 
 import typer
 
-from kdkit.api.errors import KdkitError
-from kdkit.cli.options import Json, Recipe, Sets, Variables, group
+from kdkit.cli import complete
+from kdkit.cli.models_app import models_app
+from kdkit.cli.options import First, Force, Fresh, Json, Only, Recipe, Sets, Until, Variables, group
 from kdkit.cli.rewards_app import rewards_app
 from kdkit.cli.runs_app import RUNS, Out, runs_app
+from kdkit.cli.sandbox_app import sandbox_app
 
 __all__ = ["app", "main"]
 
+_NAME: Final = "kdkit"
+_COMPLETING: Final = "_KDKIT_COMPLETE"
+"""Set by the scripts that --install-completion writes."""
+
 app = group("Turn a large language model into a small one from one YAML recipe.")
 plugins_app = group("See what is installed.")
-models_app = group("Fetch and shrink models.")
-sandbox_app = group("Try what keeps generated programs from doing harm.")
 app.add_typer(plugins_app, name="plugins")
 app.add_typer(runs_app, name="runs")
 app.add_typer(models_app, name="models")
 app.add_typer(sandbox_app, name="sandbox")
 app.add_typer(rewards_app, name="rewards")
 
-First = Annotated[
-    str | None, typer.Option("--from", metavar="STAGE", help="Only this stage and those that depend on it.")
-]
-Until = Annotated[str | None, typer.Option("--until", metavar="STAGE", help="Only this stage and those it depends on.")]
-Only = Annotated[list[str] | None, typer.Option("--only", metavar="STAGE", help="Only this stage; repeatable.")]
-Force = Annotated[
-    list[str] | None, typer.Option("--force", metavar="STAGE", help="Run again although it is done; repeatable.")
-]
-Fresh = Annotated[bool, typer.Option("--fresh", help="Throw checkpoints away instead of resuming.")]
 Models = Annotated[
     list[str],
     typer.Option(
         "--model",
         metavar="[NAME=]MODEL",
+        autocompletion=complete.models,
         help="Directory, stages/NAME of a run, Hub id or known name; repeatable. NAME is shown above its answers.",
     ),
 ]
@@ -48,6 +45,7 @@ PromptFile = Annotated[
     typer.Option(
         "--prompts",
         metavar="FILE",
+        autocompletion=complete.files,
         help="One prompt a line, or JSON Lines with 'prompt' or 'messages'; - is standard input.",
     ),
 ]
@@ -121,7 +119,9 @@ def plan(
 
 @app.command()
 def validate(
-    recipes: Annotated[list[Path], typer.Argument(metavar="RECIPE...", help="Recipe files.")],
+    recipes: Annotated[
+        list[Path], typer.Argument(metavar="RECIPE...", autocompletion=complete.recipes, help="Recipe files.")
+    ],
     *,
     sets: Sets = None,
     variables: Variables = None,
@@ -197,7 +197,10 @@ def generate(
 @app.command()
 def report(
     run: Annotated[
-        str | None, typer.Argument(metavar="[RUN]", help="Run directory or recipe; default: latest.")
+        str | None,
+        typer.Argument(
+            metavar="[RUN]", autocompletion=complete.reports, help="Run directory or recipe; default: latest."
+        ),
     ] = None,
     *,
     as_json: Json = False,
@@ -211,7 +214,12 @@ def report(
 @app.command("serve-teacher")
 def serve_teacher(
     model: Annotated[
-        str, typer.Argument(metavar="[NAME=]MODEL", help="As in generate --model. NAME is what clients call it.")
+        str,
+        typer.Argument(
+            metavar="[NAME=]MODEL",
+            autocompletion=complete.models,
+            help="As in generate --model. NAME is what clients call it.",
+        ),
     ],
     *,
     host: Annotated[str, typer.Option("--host", metavar="ADDRESS", help="Where to listen.")] = "127.0.0.1",
@@ -280,7 +288,9 @@ def doctor(
 
 @app.command()
 def schema(
-    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Write it to a file.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", autocompletion=complete.files, help="Write it to a file.")
+    ] = None,
 ) -> None:
     """Write the JSON schema of recipes, for editors."""
     from kdkit.cli.validate import schema as body
@@ -291,7 +301,10 @@ def schema(
 @plugins_app.command("list")
 def plugins_list(
     *,
-    kind: Annotated[str | None, typer.Option("--kind", metavar="KIND", help="Only this kind, such as loss.")] = None,
+    kind: Annotated[
+        str | None,
+        typer.Option("--kind", metavar="KIND", autocompletion=complete.kinds, help="Only this kind, such as loss."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """List all components and the plugins that are broken."""
@@ -302,8 +315,16 @@ def plugins_list(
 
 @plugins_app.command("show")
 def plugins_show(
-    kind: Annotated[str, typer.Argument(metavar="[KIND]", help="Such as loss; may be left out.")],
-    name: Annotated[str | None, typer.Argument(metavar="NAME", help="A component, or a distribution.")] = None,
+    kind: Annotated[
+        str,
+        typer.Argument(
+            metavar="[KIND]", autocompletion=complete.kinds_and_names, help="Such as loss; may be left out."
+        ),
+    ],
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="NAME", autocompletion=complete.names, help="A component, or a distribution."),
+    ] = None,
     *,
     as_json: Json = False,
 ) -> None:
@@ -313,52 +334,17 @@ def plugins_show(
     raise typer.Exit(show_plugin(kind, name, as_json))
 
 
-@models_app.command("pull")
-def models_pull(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A name that kdkit knows; see kdkit doctor.")],
-    *,
-    dest: Annotated[Path | None, typer.Option("--dest", metavar="DIR", help="The directory to make.")] = None,
-) -> None:
-    """Fetch a small open model and print its directory."""
-    from kdkit.cli.models import pull_model
-
-    raise typer.Exit(pull_model(name, dest))
-
-
-@models_app.command("prune")
-def models_prune(
-    source: Annotated[str, typer.Argument(metavar="MODEL", help="Directory, Hub id or known name.")],
-    dest: Annotated[Path, typer.Argument(metavar="DEST", help="The directory to make.")],
-    *,
-    keep_layers: Annotated[
-        str, typer.Option("--keep-layers", metavar="LAYERS", help="A count, every-2nd, or indices such as 0,1,5.")
-    ],
-) -> None:
-    """Write a copy of a model that keeps only some of its layers."""
-    from kdkit.cli.models import prune_model
-
-    raise typer.Exit(prune_model(source, dest, keep_layers))
-
-
-@sandbox_app.command("check")
-def sandbox_check(
-    name: Annotated[str | None, typer.Argument(metavar="[SANDBOX]", help="Only this one, such as auto.")] = None,
-    *,
-    as_json: Json = False,
-) -> None:
-    """Run programs that try to break out of each sandbox. Exit code 4 when none holds."""
-    from kdkit.cli.sandbox import check_sandboxes
-
-    raise typer.Exit(check_sandboxes(name, as_json=as_json))
-
-
 def main() -> NoReturn:
     """Entry point: runs a command and exits with its code. Errors that a person can cause are one line."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A terminal or locale that is not UTF-8 gets escapes instead of an error, as stderr does anyway.
         sys.stdout.reconfigure(errors="backslashreplace")
+    if _COMPLETING in os.environ:
+        app(prog_name=_NAME)  # ends here: a shell waits, and what errors need would take most of the time
+    from kdkit.api.errors import KdkitError
+
     try:
-        app(args=[text for text in sys.argv[1:] if text != "--debug"], prog_name="kdkit")
+        app(args=[text for text in sys.argv[1:] if text != "--debug"], prog_name=_NAME)
     except KdkitError as error:
         from kdkit.cli.output import print_error
 

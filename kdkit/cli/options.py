@@ -1,4 +1,4 @@
-"""Options that several commands share, and how groups of commands look. Light: nothing but typer."""
+"""Options that several commands share, and how groups of commands look. Light: nothing heavier than typer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import Annotated, Final
 
 import typer
 
-__all__ = ["Json", "Recipe", "Sets", "Variables", "group"]
+from kdkit.cli import complete
+
+__all__ = ["First", "Force", "Fresh", "Json", "Only", "Recipe", "Sets", "Until", "Variables", "group"]
 
 _SETTINGS: Final = {"help_option_names": ["-h", "--help"]}
 
@@ -23,11 +25,40 @@ def group(summary: str) -> typer.Typer:
     )
 
 
-Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file.")]
+Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", autocompletion=complete.recipes, help="Recipe file.")]
 Sets = Annotated[
-    list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Override, as in stages.kd.max_steps=50.")
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="PATH=VALUE", autocompletion=complete.settings, help="Override, as in stages.kd.max_steps=50."
+    ),
 ]
 Variables = Annotated[
-    list[str] | None, typer.Option("--var", metavar="NAME=VALUE", help="Value of a variable of the recipe.")
+    list[str] | None,
+    typer.Option(
+        "--var", metavar="NAME=VALUE", autocompletion=complete.variables, help="Value of a variable of the recipe."
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+First = Annotated[
+    str | None,
+    typer.Option(
+        "--from", metavar="STAGE", autocompletion=complete.stages, help="Only this stage and those that depend on it."
+    ),
+]
+Until = Annotated[
+    str | None,
+    typer.Option(
+        "--until", metavar="STAGE", autocompletion=complete.stages, help="Only this stage and those it depends on."
+    ),
+]
+Only = Annotated[
+    list[str] | None,
+    typer.Option("--only", metavar="STAGE", autocompletion=complete.stages, help="Only this stage; repeatable."),
+]
+Force = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--force", metavar="STAGE", autocompletion=complete.stages, help="Run again although it is done; repeatable."
+    ),
+]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Throw checkpoints away instead of resuming.")]

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from kdkit.cli import complete
 from kdkit.cli.options import Json, Recipe, Sets, Variables, group
 
 __all__ = ["rewards_app"]
@@ -14,7 +15,13 @@ __all__ = ["rewards_app"]
 rewards_app = group("Try rewards before a run learns from them.")
 
 Stage = Annotated[
-    str | None, typer.Option("--stage", metavar="NAME", help="The stage whose rewards are meant, if there are several.")
+    str | None,
+    typer.Option(
+        "--stage",
+        metavar="NAME",
+        autocompletion=complete.stages,
+        help="The stage whose rewards are meant, if there are several.",
+    ),
 ]
 Index = Annotated[int, typer.Option("--example", metavar="N", min=0, help="Which row of the stage's data, from 0.")]
 Sample = Annotated[
@@ -28,7 +35,13 @@ def rewards_try(
     recipe: Recipe,
     *,
     completion: Annotated[
-        str, typer.Option("--completion", metavar="FILE", help="The completion as text; - is standard input.")
+        str,
+        typer.Option(
+            "--completion",
+            metavar="FILE",
+            autocompletion=complete.files,
+            help="The completion as text; - is standard input.",
+        ),
     ],
     example: Index = 0,
     stage: Stage = None,

@@ -7,6 +7,7 @@ from typing import Annotated, Final
 
 import typer
 
+from kdkit.cli import complete
 from kdkit.cli.options import Json, group
 
 __all__ = ["RUNS", "Out", "runs_app"]
@@ -14,9 +15,16 @@ __all__ = ["RUNS", "Out", "runs_app"]
 runs_app = group("Look at earlier runs.")
 
 RUNS: Final = Path("runs")
-Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Parent of the run directories.")]
+Out = Annotated[
+    Path, typer.Option("--out", metavar="DIR", autocompletion=complete.files, help="Parent of the run directories.")
+]
 Run = Annotated[
-    str, typer.Argument(metavar="RUN", help="Run directory, RECIPE/TIME, a recipe's name for its latest, or LAST.")
+    str,
+    typer.Argument(
+        metavar="RUN",
+        autocompletion=complete.runs,
+        help="Run directory, RECIPE/TIME, a recipe's name for its latest, or LAST.",
+    ),
 ]
 
 

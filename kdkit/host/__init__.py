@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from kdkit.host.catalog import Catalog
 from kdkit.host.compat import check_extras, extras_of
-from kdkit.host.describe import ParamDoc, describe_params
+from kdkit.host.describe import ParamDoc, describe_params, param_names
 from kdkit.host.records import BrokenPlugin, Entry
 from kdkit.host.runtime import plugin_errors
 
@@ -19,5 +19,6 @@ __all__ = [
     "check_extras",
     "describe_params",
     "extras_of",
+    "param_names",
     "plugin_errors",
 ]

@@ -18,7 +18,7 @@ from kdkit.api.params import Params, Runtime, iter_fields
 from kdkit.api.protocols import KIND_OF_PROTOCOL
 from kdkit.api.slots import Component, OneOrMore, Ref, Weighted
 
-__all__ = ["ParamDoc", "describe_params", "field_key", "is_union", "plain", "unwrap", "yaml_flow"]
+__all__ = ["ParamDoc", "describe_params", "field_key", "is_union", "param_names", "plain", "unwrap", "yaml_flow"]
 
 _ONE_OR_MORE: Final = get_args(OneOrMore)[1]
 _BOUNDS: Final = {
@@ -73,6 +73,23 @@ def _rows(
             if nested not in (*outer, model):
                 given = value if isinstance(value, nested) else None
                 yield from _rows(nested, given, f"{key}{suffix}.", (*outer, model))
+
+
+def param_names(params: type[BaseModel]) -> list[str]:
+    """Dotted names of the parameters of a component, those of nested models too, but not of items of lists.
+
+    Runs no code of the component, which defaults may.
+    """
+    return list(_names(params, "", ()))
+
+
+def _names(model: type[BaseModel], prefix: str, outer: tuple[type[BaseModel], ...]) -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        key = prefix + field_key(name, field)
+        yield key
+        for suffix, nested in dict.fromkeys(_nested(field.annotation)):
+            if not suffix and nested not in (*outer, model):
+                yield from _names(nested, f"{key}.", (*outer, model))
 
 
 def field_key(name: str, field: FieldInfo) -> str:
