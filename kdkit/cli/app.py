@@ -334,6 +334,18 @@ def plugins_show(
     raise typer.Exit(show_plugin(kind, name, as_json))
 
 
+@plugins_app.command("check")
+def plugins_check(
+    dist: Annotated[str, typer.Argument(metavar="DIST", help="An installed distribution, such as kdkit-acme.")],
+    *,
+    as_json: Json = False,
+) -> None:
+    """Check an installed plugin: imports, declarations, builders, samples. Exit code 3 when a check fails."""
+    from kdkit.cli.plugins_check import check_plugin
+
+    raise typer.Exit(check_plugin(dist, as_json=as_json))
+
+
 def main() -> NoReturn:
     """Entry point: runs a command and exits with its code. Errors that a person can cause are one line."""
     if isinstance(sys.stdout, io.TextIOWrapper):
