@@ -5,12 +5,13 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-all lint docs clean
+.PHONY: help install quickstart test test-all test-contrib lint docs clean
 
 help:
 	@echo "make quickstart   install into .venv, pull a small model, distil it on this CPU (about 15 minutes)"
 	@echo "make test         install into .venv and run the test suite"
 	@echo "make test-all     everything, with real models (an hour)"
+	@echo "make test-contrib every package of plugins-contrib, from wheels in an environment of its own"
 	@echo "make lint         ruff, mypy --strict, import-linter"
 	@echo "make docs         regenerate docs/recipe.schema.json and docs/reference"
 
@@ -35,6 +36,9 @@ test: install
 
 test-all: install
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q
+
+test-contrib:
+	PYTHON=$(PYTHON) .ci/contrib
 
 lint: install
 	$(BIN)/ruff check .

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "kdkit").rglob("*.py"))
+CONTRIB = sorted((ROOT / "plugins-contrib").glob("*/kdkit_*/**/*.py"))
 HEAVY = ("torch", "transformers", "datasets", "accelerate")
 # Where an exception of any type may be caught: code and files of strangers are below these.
 PLUGIN_BOUNDARY = {"kdkit/host", "kdkit/models/pretrained.py"}
@@ -35,12 +38,14 @@ def parse(path: Path) -> ast.Module:
 
 
 def test_files_stay_small():
-    long = {relative(p): n for p in SOURCES if (n := len(p.read_text(encoding="utf-8").splitlines())) > 400}
+    long = {
+        relative(p): n for p in (*SOURCES, *CONTRIB) if (n := len(p.read_text(encoding="utf-8").splitlines())) > 400
+    }
     assert not long
 
 
 def test_functions_stay_small():
-    sizes = {f"{relative(p)}:{f.lineno} {f.name}": length(f) for p in SOURCES for f in functions(parse(p))}
+    sizes = {f"{relative(p)}:{f.lineno} {f.name}": length(f) for p in (*SOURCES, *CONTRIB) for f in functions(parse(p))}
     assert not {name: n for name, n in sizes.items() if n > 60}
     share = sum(n < 30 for n in sizes.values()) / len(sizes)
     assert share >= 0.9, f"only {share:.0%} of functions are under 30 lines"
@@ -93,6 +98,43 @@ def light_modules() -> list[str]:
     return modules
 
 
+@pytest.mark.parametrize(
+    "path", [p for p in CONTRIB if p.name == "plugin.py" and "broken" not in p.parts[-2]], ids=relative
+)
+def test_contributed_plugins_are_light(path):
+    code = f"import sys, {path.parent.name}.plugin\nprint([h for h in {HEAVY!r} if h in sys.modules])"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(path.parents[1])])}
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
+    assert out.stdout.strip() == "[]"
+
+
+def test_contributed_plugins_use_public_names_of_kdkit_only():
+    public = ("kdkit", "kdkit.api", "kdkit.testing", "kdkit.train.divergences", "kdkit.adapters")
+    found = []
+    for path in CONTRIB:
+        for node in ast.walk(parse(path)):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            found += [f"{relative(path)}: {n}" for n in names if n.startswith("kdkit.") and n not in public]
+    assert not found
+
+
+def test_every_contributed_package_is_complete():
+    for project in (ROOT / "plugins-contrib").glob("*/pyproject.toml"):
+        name = project.parent.name
+        settings = tomllib.loads(project.read_text(encoding="utf-8"))
+        package = project.parent / name.replace("-", "_")
+        assert settings["project"]["name"] == name
+        assert settings["build-system"]["build-backend"] == "hatchling.build", ".ci/contrib has no other"
+        assert settings["project"]["entry-points"]["kdkit.plugins"], name
+        assert (package / "py.typed").is_file(), name
+        assert (project.parent / "README.md").is_file(), name
+        if name != "kdkit-broken-too-new":
+            assert list((project.parent / "tests").glob("test_*.py")), name
+            assert (project.parent / "recipe.yaml").is_file(), name
+            assert f"## {name}\n" in (ROOT / "docs" / "how-to" / "contrib.md").read_text(encoding="utf-8")
+
+
 def test_light_modules_import_nothing_heavy():
     code = (
         "import importlib, sys\n"
@@ -121,5 +163,5 @@ def test_layers_hold():
 
 
 def test_test_files_have_distinct_names():
-    names = [p.name for p in (ROOT / "tests").rglob("test_*.py")]
+    names = [p.name for folder in ("tests", "plugins-contrib") for p in (ROOT / folder).rglob("test_*.py")]
     assert len(names) == len(set(names))

@@ -126,8 +126,12 @@ class _Row:
     def _text(self, name: str) -> str:
         value = self._columns.get(name)
         if not isinstance(value, str) or not value.strip():
-            columns = ", ".join(map(str, self._columns))
+            columns = ", ".join(key if key.isprintable() else ascii(key) for key in self._columns)
             raise DataError(f"has no text in {name!r}", where=self._where, hint=f"its columns: {columns or 'none'}")
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"{name!r} has half of a character: {error.reason}", where=self._where) from error
         return value
 
 

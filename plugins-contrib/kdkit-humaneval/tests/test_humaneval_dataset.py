@@ -87,6 +87,8 @@ def test_files_of_both_kinds_in_their_order(written: Write, tmp_path: Path) -> N
         ({"entry_point": "other"}, "'prompt' defines no function 'other'"),
         ({"task_id": ""}, "has no text in 'task_id'; its columns: task_id, prompt"),
         ({"canonical_solution": 3}, "has no text in 'canonical_solution'"),
+        ({"prompt": None, "\x1b[2J": 1}, "has no text in 'prompt'; its columns: task_id, prompt, entry_point"),
+        ({"prompt": "def middle(\ud83d"}, "'prompt' has half of a character: surrogates not allowed"),
         ({"test": "def check("}, "'test' is no Python"),
         ({"test": "assert middle('a') == 'a'"}, "'test' defines no function 'check'"),
     ],
@@ -96,6 +98,7 @@ def test_rows_that_are_refused(change: dict[str, Any], reason: str, written: Wri
     with pytest.raises(DataError) as info:
         load(path)
     assert str(info.value).startswith(f"{path}:2: {reason}")
+    assert str(info.value).isprintable()
 
 
 def test_a_row_that_has_nothing_to_fix(written: Write) -> None:
