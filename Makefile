@@ -4,6 +4,9 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
+# One thread for each process of the test suite: processes of two threads on two cores wait for each other.
+PARALLEL := -n auto --maxprocesses 4 --dist loadfile
+
 .DEFAULT_GOAL := help
 .PHONY: help install quickstart test test-all test-contrib lint docs clean
 
@@ -32,7 +35,7 @@ quickstart: install
 	@echo "  $(BIN)/kdkit run recipes/quickstart.yaml --set stages.kd.losses='[{use: forward-kl}]'"
 
 test: install
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow" -q
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -q $(PARALLEL)
 
 test-all: install
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q
