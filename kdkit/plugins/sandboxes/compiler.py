@@ -33,7 +33,7 @@ COMPILE: Final = Task(
 
 No source makes a compiler sleep, so that the wall clock is only for a machine that gives it no core.
 """
-_FLAGS: Final = ("-x", "c++", "-std=c++17", "-O2", "-pipe", "-w", "-fmax-errors=5", "-o", OUTPUT, "-")
+_FLAGS: Final = ("-x", "c++", "-std=gnu++17", "-O2", "-pipe", "-w", "-fmax-errors=5", "-o", OUTPUT, "-")
 _KEPT: Final = 64
 _KEPT_BYTES: Final = 256 * _MIB
 _MFD_EXEC: Final = 0x10
