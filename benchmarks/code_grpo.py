@@ -124,10 +124,10 @@ def table(rows: list[dict[str, Any]], others: list[dict[str, Any]]) -> str:
         lines += ["| problems | n | base | SFT warm-up | GRPO | GRPO - SFT |", "|---|---|---|---|---|---|"]
     for row in others:
         base, sft, grpo = (row["scores"][name] for name in ("base", "sft", "grpo"))
-        low, high = row["ci95"]
+        interval = "({:+.1f} to {:+.1f})".format(*row["ci95"]) if row["ci95"] else "(the same on every problem)"
         lines.append(
             f"| {row['problems']} | {row['n']} | {base:.1f} | {sft:.1f} | {grpo:.1f} | {row['difference']:+.1f} "
-            f"({low:+.1f} to {high:+.1f}) |"
+            f"{interval} |"
         )
     return "\n".join(lines) + "\n"
 
