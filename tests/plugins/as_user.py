@@ -15,7 +15,8 @@ import pydantic
 from kdkit.plugins.sandboxes.inside import linux
 from kdkit.plugins.sandboxes.places import interpreter
 
-UID = 61_500
+UID = 61_000 + os.getpid() % 1_000
+"""Of this run alone: another one at the same time may leave processes of its own."""
 ROOT = Path(__file__).parents[2]
 
 

@@ -14,7 +14,7 @@ from kdkit.plugins.losses import aligned as aligned_losses
 from kdkit.plugins.losses.aligned import ULD, _descending
 from kdkit.plugins.losses.token import cross_entropy
 from kdkit.testing.tiny import tiny_model, tiny_piece_tokenizer, tiny_tokenizer
-from kdkit.train import blocks, loop
+from kdkit.train import blocked, blocks, loop
 from kdkit.train.aligned import AlignedSignals, Span, aligned_batch
 from kdkit.train.alignment import NO_GROUP, AlignedRow, align
 from kdkit.train.batching import collate, micro_batches
@@ -405,7 +405,7 @@ def test_the_memory_of_a_block_is_what_its_size_is_chosen_for(width, other, toke
     head = torch.randn(width, 4)
     grads = [torch.zeros(count, 4), torch.zeros(width, 4), None]
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as spy:
-        blocks._run_product(
+        blocked._run_product(
             block, torch.randn(count, 4), [head, None], [Span(0, count, 0, len(its))], grads, torch.float32
         )
     events = [e for e in spy.profiler.kineto_results.events() if e.name() == "[memory]"]
