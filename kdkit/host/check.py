@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any, Final
@@ -197,7 +198,7 @@ class _Component:
         written = {field_key(name, field): field.default for name, field in model.model_fields.items()}
         scalars = {name: value for name, value in written.items() if isinstance(value, bool | int | float | str)}
         for data in (scalars, {}):
-            tried, params = self._tried(what, lambda data=data: self._valid(data))
+            tried, params = self._tried(what, partial(self._valid, data))
             if not tried.ok:
                 break
         return tried, params
