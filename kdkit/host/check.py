@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any, Final
@@ -22,7 +23,7 @@ from kdkit.api.errors import EnvironmentUnmet, KdkitError, PluginError
 from kdkit.api.slots import LOOKUP
 from kdkit.host.catalog import Catalog
 from kdkit.host.compat import check_extras, installed_version
-from kdkit.host.describe import describe_params
+from kdkit.host.describe import describe_params, field_key
 from kdkit.host.records import BUILT_IN, Entry
 from kdkit.host.runtime import plugin_errors
 from kdkit.host.snippet import yaml_snippet
@@ -193,12 +194,17 @@ class _Component:
         required = [name for name, field in model.model_fields.items() if field.is_required()]
         if required:
             return self._result(what, f"needs {', '.join(required)}"), None
-        try:
-            with plugin_errors(self._found):
-                return self._result(what), model.model_validate_json("{}", context={LOOKUP: self._catalog})
-        except KdkitError as error:
-            # pydantic's own errors arrive here as well: the defaults of a component have to be valid.
-            return self._result(what, str(error), ok=False), None
+        # pydantic validates no defaults: one of another type would be found in the middle of a run.
+        written = {field_key(name, field): field.default for name, field in model.model_fields.items()}
+        scalars = {name: value for name, value in written.items() if isinstance(value, bool | int | float | str)}
+        for data in (scalars, {}):
+            tried, params = self._tried(what, partial(self._valid, data))
+            if not tried.ok:
+                break
+        return tried, params
+
+    def _valid(self, data: Mapping[str, Any]) -> Any:
+        return self._entry.spec.params.model_validate_json(json.dumps(data), context={LOOKUP: self._catalog})
 
     def _sample(self, loader: Any) -> CheckResult:
         what = f"ships a sample of {_SAMPLE} rows or more"

@@ -183,7 +183,6 @@ class _Desk:
     calls: int = 0
     stops: bool = False
     resumed: bool = False
-    notes: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         self.progress: list[tuple[int, int]] = []
@@ -227,10 +226,9 @@ class _Desk:
 
     def _watched(self, params: Any, ctx: Any) -> Any:
         self.calls += 1
-        # The engine itself keeps notes beside the checkpoints.
-        found = frozenset(tree(ctx.checkpoints)) if ctx.checkpoints.is_dir() else frozenset()
-        self.resumed = not found <= self.notes if self.calls > 1 else False
-        self.notes = found if self.calls == 1 else self.notes
+        # Names with a dot are the engine's own notes.
+        saved = ctx.checkpoints.iterdir() if ctx.checkpoints.is_dir() else ()
+        self.resumed = any(not path.name.startswith(".") for path in saved)
         return self.spec.run(params, _Watching(ctx, self))
 
 
