@@ -279,6 +279,25 @@ def schema(
     raise typer.Exit(body(out))
 
 
+@app.command("new-plugin")
+def new_plugin(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Of the component, such as my-loss.")],
+    *,
+    kind: Annotated[
+        Literal["loss", "reward", "dataset", "teacher", "quantizer", "metric", "stage", "rollout", "tracker", "sandbox"],
+        typer.Option("--kind", help="What it is."),
+    ],
+    parent: Annotated[Path, typer.Option("--dir", metavar="DIR", help="Where kdkit-NAME/ is made.")] = Path(),
+) -> None:
+    """Write a package with a component of your own that works, tests included, and print the next three commands.
+
+    docs/how-to/new-plugin.md goes from there to a published plugin.
+    """
+    from kdkit.cli.new_plugin import new_plugin as body
+
+    raise typer.Exit(body(name, kind, parent))
+
+
 @plugins_app.command("list")
 def plugins_list(
     *,
