@@ -28,7 +28,7 @@ Kind: TypeAlias = Literal[
 
 _LONGEST: Final = 40
 _PREFIX: Final = "kdkit-"
-_MARKS: Final = re.compile("kdkit-acme/acme|kdkit-acme|kdkit_acme|acme|Acme|KDKIT_RANGE|ABOUT")
+_MARKS: Final = re.compile("kdkit-acme/acme|kdkit-acme|kdkit_acme|acme|Acme|COMPONENT_KIND|KDKIT_RANGE|ABOUT")
 """What templates have in the place of names: they are a plugin called acme."""
 _CLASSES: Final = ("Params", "Loss", "Reward", "Rows", "Teacher", "Quantizer", "Metric", "Rollouts", "Tracker", "Sandbox")
 """How the names of the templates' classes end."""
@@ -155,6 +155,7 @@ def rendered(plugin: NewPlugin) -> dict[str, str]:
         "kdkit_acme": plugin.module,
         "acme": plugin.name,
         "Acme": plugin.prefix,
+        "COMPONENT_KIND": plugin.kind,
         "KDKIT_RANGE": _range(kdkit.__version__),
         "ABOUT": "",
     }
@@ -162,6 +163,8 @@ def rendered(plugin: NewPlugin) -> dict[str, str]:
     words["ABOUT"] = _filled(own.pop("about.md"), words).strip()
     # One pass: what is filled in is never searched for marks again.
     texts = {**dict(_texts(root / "package")), **own}
+    if "./rows.jsonl" not in texts["recipe.yaml"]:
+        del texts["rows.jsonl"]
     return {_path(path, plugin): _filled(text, words) for path, text in sorted(texts.items())}
 
 

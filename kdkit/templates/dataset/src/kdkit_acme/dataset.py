@@ -84,6 +84,8 @@ def _parsed(content: bytes, name: str) -> Rows:
 def _object(line: bytes, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line.decode("utf-8"))
+        # JSON can spell halves of characters, which no file and no tokenizer takes.
+        json.dumps(row, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         raise DataError("is not JSON in UTF-8", where=where) from error
     if not isinstance(row, dict):

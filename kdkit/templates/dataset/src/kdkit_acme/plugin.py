@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class AcmeParams(Params):
-    """Questions with answers, one JSON object a line: ``question``, ``answer`` and maybe ``topic``."""
+    """Questions with answers, one JSON object a line: ``question``, ``answer``, maybe ``topic``."""
 
     source: Ref[Dataset] | None = None
     """A file of yours, such as ./rows.jsonl; without one, the rows that come with the package."""
