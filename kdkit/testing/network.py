@@ -17,8 +17,8 @@ _LOCAL_FAMILIES: Final = frozenset(
 )
 
 
-class NetworkUsed(AssertionError):
-    """Code tried to reach another machine."""
+class NetworkUsed(AssertionError, OSError):
+    """Code tried to reach another machine; an ``OSError``, so that it cleans up as it would without a network."""
 
 
 @contextmanager
