@@ -284,7 +284,9 @@ def new_plugin(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Of the component, such as my-loss.")],
     *,
     kind: Annotated[
-        Literal["loss", "reward", "dataset", "teacher", "quantizer", "metric", "stage", "rollout", "tracker", "sandbox"],
+        Literal[
+            "loss", "reward", "dataset", "teacher", "quantizer", "metric", "stage", "rollout", "tracker", "sandbox"
+        ],
         typer.Option("--kind", help="What it is."),
     ],
     parent: Annotated[Path, typer.Option("--dir", metavar="DIR", help="Where kdkit-NAME/ is made.")] = Path(),

@@ -26,11 +26,12 @@ Kind: TypeAlias = Literal[
     "loss", "reward", "dataset", "teacher", "quantizer", "metric", "stage", "rollout", "tracker", "sandbox"
 ]
 
-_LONGEST: Final = 40
+_LONGEST: Final = 30
 _PREFIX: Final = "kdkit-"
 _MARKS: Final = re.compile("kdkit-acme/acme|kdkit-acme|kdkit_acme|acme|Acme|COMPONENT_KIND|KDKIT_RANGE|ABOUT")
 """What templates have in the place of names: they are a plugin called acme."""
-_CLASSES: Final = ("Params", "Loss", "Reward", "Rows", "Teacher", "Quantizer", "Metric", "Rollouts", "Tracker", "Sandbox")
+_ENDS: Final = ("Params", "Loss", "Reward", "Rows", "Teacher", "Quantizer", "Metric", "Rollouts", "Tracker", "Sandbox",
+                "Session")  # fmt: skip
 """How the names of the templates' classes end."""
 
 
@@ -62,7 +63,7 @@ class NewPlugin:
     def prefix(self) -> str:
         """Start of the names of its classes, none of which is a name of ``kdkit.api``."""
         camel = "".join(part.capitalize() for part in self.name.split("-"))
-        return f"My{camel}" if any(camel + end in api.__all__ for end in _CLASSES) else camel
+        return f"My{camel}" if any(camel + end in api.__all__ for end in _ENDS) else camel
 
 
 def new_plugin(text: str, kind: Kind, parent: Path) -> int:
@@ -126,10 +127,8 @@ def _taken(name: str, kind: Kind) -> list[str]:
     owners = [entry.provider for entry in Catalog.discover(strict=False).entries(kind) if entry.name == name]
     if not owners:
         return []
-    return [
-        f"there is a {kind} {name!r} already ({', '.join(owners)}): recipes have to write {_PREFIX}{name}/{name} "
-        "for yours"
-    ]
+    yours = f"{_PREFIX}{name}/{name}"
+    return [f"there is a {kind} {name!r} already ({', '.join(owners)}): recipes have to write {yours} for yours"]
 
 
 def _installed(dist: str) -> list[str]:

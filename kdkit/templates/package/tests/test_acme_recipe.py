@@ -5,7 +5,8 @@ from pathlib import Path
 from kdkit.testing.plugin import InstallPlugin, RunRecipe
 
 ROOT = Path(__file__).parents[1]
-DIST, NAME = "kdkit-acme", "acme"
+DIST = "kdkit-acme"
+NAME = "acme"
 
 
 def test_kdkit_finds_the_component(install_plugin: InstallPlugin) -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
-from kdkit.api import Sandbox, SandboxJob, SandboxLimits, SandboxOutcome
+import kdkit
+from kdkit.api import Sandbox, SandboxJob, SandboxLimits, SandboxOutcome, SandboxSession
+from kdkit.testing.conformance import SandboxConformance
 from kdkit.testing.fakes import FakeSandbox
 
 from kdkit_acme import sandbox
@@ -8,8 +10,19 @@ from kdkit_acme import sandbox
 FLAKY = SandboxOutcome(status="timeout")
 
 
-def opened(inner: Sandbox, remember: int = 8) -> sandbox.AcmeSession:
-    return sandbox.AcmeSession(inner.open(SandboxLimits()), remember)
+class TestSandbox(SandboxConformance):
+    def build(self) -> Sandbox:
+        inner: Sandbox = kdkit.build("sandbox", "auto")
+        return sandbox.AcmeSandbox(inner, remember=8)
+
+    def build_unusable(self) -> Sandbox:
+        inner = FakeSandbox(usable=False)
+        return sandbox.AcmeSandbox(inner, remember=8)
+
+
+def opened(inner: Sandbox, remember: int = 8) -> SandboxSession:
+    outer = sandbox.AcmeSandbox(inner, remember)
+    return outer.open(SandboxLimits())
 
 
 def test_a_program_runs_once() -> None:

@@ -26,7 +26,8 @@ def _build(params: AcmeParams) -> Metric:
 
 def _key(params: AcmeParams) -> str:
     """Numbers that were made in different ways never share a column of a report."""
-    return "acme" if params.ignore_case else "acme-case"
+    name = "acme"
+    return name if params.ignore_case else f"{name}-case"
 
 
 @hookimpl

@@ -25,7 +25,8 @@ def _build(
 ) -> RolloutEngine:
     from kdkit_acme import rollout
 
-    return rollout.AcmeRollouts(model, ctx, ctx.precision(params.precision))
+    precision = ctx.precision(params.precision)
+    return rollout.AcmeRollouts(model, ctx, precision)
 
 
 @hookimpl

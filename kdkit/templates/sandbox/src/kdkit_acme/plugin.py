@@ -24,7 +24,8 @@ def _build(params: AcmeParams) -> Sandbox:
     from kdkit_acme import sandbox
 
     spec: Any = params.inner.found.spec
-    return sandbox.AcmeSandbox(spec.build(params.inner.params), params.remember)
+    inner: Sandbox = spec.build(params.inner.params)
+    return sandbox.AcmeSandbox(inner, params.remember)
 
 
 @hookimpl

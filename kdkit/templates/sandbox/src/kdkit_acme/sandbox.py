@@ -6,6 +6,8 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
+from kdkit.api import EnvironmentUnmet
+
 if TYPE_CHECKING:
     from kdkit.api import (
         Sandbox,
@@ -45,7 +47,11 @@ class AcmeSandbox:
         Raises:
             EnvironmentUnmet: The sandbox behind it does not work here.
         """
-        return AcmeSession(self._inner.open(limits), self._remember)
+        report = self.probe()
+        if not report.usable:
+            raise EnvironmentUnmet(report.reason, hint=report.hint or None)
+        session = self._inner.open(limits)
+        return AcmeSession(session, self._remember)
 
 
 class AcmeSession:

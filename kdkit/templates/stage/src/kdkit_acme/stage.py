@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from kdkit_acme import plugin
 
 
-def run(params: plugin.AcmeParams, ctx: StageContext) -> Mapping[str, Artifact]:
+def run(
+    params: plugin.AcmeParams,
+    ctx: StageContext,
+) -> Mapping[str, Artifact]:
     """Write ``data.jsonl``, which the dataset ``jsonl`` reads: one example a line.
 
     Raises:

@@ -34,8 +34,9 @@ def _build(params: AcmeParams, ctx: BuildContext) -> Teacher:
     spec: Any = params.teacher.found.spec
     if not spec.gives >= GIVES:
         why = f"teacher {params.teacher.name!r} gives no {' and '.join(sorted(GIVES - spec.gives))}"
-        raise RecipeError(why, where="teacher acme", hint="take another one, such as local")
-    return teacher.AcmeTeacher(ctx.build(params.teacher), params.sharpness)
+        raise RecipeError(why, hint="take another one, such as local")
+    inner: Teacher = ctx.build(params.teacher)
+    return teacher.AcmeTeacher(inner, params.sharpness)
 
 
 @hookimpl

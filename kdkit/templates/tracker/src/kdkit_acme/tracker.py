@@ -32,7 +32,9 @@ class AcmeTracker:
         Raises:
             EnvironmentUnmet: The file cannot be written.
         """
-        lines = [(self._stage, step, name, repr(float(value))) for name, value in metrics.items()]
+        lines: list[tuple[object, ...]] = [
+            (self._stage, step, name, repr(float(value))) for name, value in metrics.items()
+        ]
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             # One write to a file in append mode: lines of several processes do not mix.
