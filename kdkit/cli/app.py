@@ -10,7 +10,7 @@ from typing import Annotated, Literal, NoReturn
 import typer
 
 from kdkit.api.errors import KdkitError
-from kdkit.cli.options import Json, Recipe, Sets, Variables, group
+from kdkit.cli.options import Json, Kind, Recipe, Sets, Variables, group
 from kdkit.cli.rewards_app import rewards_app
 from kdkit.cli.runs_app import RUNS, Out, runs_app
 
@@ -283,12 +283,7 @@ def schema(
 def new_plugin(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Of the component, such as my-loss.")],
     *,
-    kind: Annotated[
-        Literal[
-            "loss", "reward", "dataset", "teacher", "quantizer", "metric", "stage", "rollout", "tracker", "sandbox"
-        ],
-        typer.Option("--kind", help="What it is."),
-    ],
+    kind: Annotated[Kind, typer.Option("--kind", help="What it is.")],
     parent: Annotated[Path, typer.Option("--dir", metavar="DIR", help="Where kdkit-NAME/ is made.")] = Path(),
 ) -> None:
     """Write a package with a component of your own that works, tests included, and print the next three commands.

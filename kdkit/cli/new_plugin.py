@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Final, Literal, TypeAlias
+from typing import Final
 
 from packaging.version import Version
 
@@ -17,14 +17,11 @@ import kdkit
 from kdkit import api
 from kdkit.api.errors import ExitCode, RecipeError
 from kdkit.api.specs import NAME
+from kdkit.cli.options import Kind
 from kdkit.cli.output import emit, log, shown, visible
 from kdkit.host import Catalog
 
-__all__ = ["Kind", "NewPlugin", "new_plugin", "rendered"]
-
-Kind: TypeAlias = Literal[
-    "loss", "reward", "dataset", "teacher", "quantizer", "metric", "stage", "rollout", "tracker", "sandbox"
-]
+__all__ = ["NewPlugin", "new_plugin", "rendered"]
 
 _LONGEST: Final = 30
 _PREFIX: Final = "kdkit-"
@@ -97,9 +94,11 @@ def new_plugin(text: str, kind: Kind, parent: Path) -> int:
             (directory / path).write_text(data, encoding="utf-8", newline="\n")
     for line in (*taken, *_installed(plugin.dist)):
         log(f"warning: {line}")
-    place = shlex.quote(shown(target))
-    log(f"{visible(shown(target))} has a {kind} that works: change it, one step at a time")
-    emit(visible(f"pytest {place}\npip install -e {_as_path(place)}\nkdkit run {place}/recipe.yaml"))
+    place = shown(target)
+    log(f"{visible(place)} has a {kind} that works: change it, one step at a time")
+    place = f"./{place}" if place.startswith("-") else place
+    package, recipe = shlex.quote(place), shlex.quote(f"{place}/recipe.yaml")
+    emit(visible(f"pytest {package}\npip install -e {_as_path(package)}\nkdkit run {recipe}"))
     return int(ExitCode.OK)
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Final, Literal, TypeAlias
 
 import typer
 
-__all__ = ["Json", "Recipe", "Sets", "Variables", "group"]
+__all__ = ["Json", "Kind", "Recipe", "Sets", "Variables", "group"]
 
 _SETTINGS: Final = {"help_option_names": ["-h", "--help"]}
 
@@ -22,6 +22,11 @@ def group(summary: str) -> typer.Typer:
         context_settings=_SETTINGS,
     )
 
+
+Kind: TypeAlias = Literal[
+    "loss", "reward", "dataset", "teacher", "quantizer", "metric", "stage", "rollout", "tracker", "sandbox"
+]
+"""Kinds of components."""
 
 Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file.")]
 Sets = Annotated[

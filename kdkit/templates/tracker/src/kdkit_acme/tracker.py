@@ -40,7 +40,8 @@ class AcmeTracker:
             # One write to a file in append mode: lines of several processes do not mix.
             descriptor = os.open(self._file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
             with os.fdopen(descriptor, "wb", buffering=0) as stream:
-                stream.write(_text([HEADER, *lines] if stream.tell() == 0 else lines))
+                empty = os.fstat(descriptor).st_size == 0
+                stream.write(_text([HEADER, *lines] if empty else lines))
         except OSError as error:
             why = f"cannot be written: {error.strerror}"
             raise EnvironmentUnmet(why, where=str(self._file)) from error
