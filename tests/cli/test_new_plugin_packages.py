@@ -14,6 +14,7 @@ import pytest
 import kdkit
 from kdkit.cli.new_plugin import new_plugin
 from kdkit.cli.options import Kind
+from kdkit.host.check import check_distribution
 
 KINDS = get_args(Kind)
 ROOT = Path(__file__).parents[2]
@@ -92,6 +93,15 @@ def test_recipes_are_valid_once_the_packages_are_installed(packages, install_plu
         install_plugin(package)
     for package in packages:
         assert kdkit.validate(package / "recipe.yaml") == [], package.name
+
+
+def test_kdkit_plugins_check_finds_nothing(packages, install_plugin):
+    for package in packages:
+        catalog = install_plugin(package)
+    for package in packages:
+        results = check_distribution(catalog, package.name)
+        assert [result for result in results if not result.ok] == []
+        assert any(package.name.removeprefix("kdkit-") in result.subject for result in results)
 
 
 def test_their_own_tests_pass_together(packages, tmp_path):
