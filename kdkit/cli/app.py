@@ -12,7 +12,7 @@ import typer
 
 from kdkit.cli import complete
 from kdkit.cli.models_app import models_app
-from kdkit.cli.options import First, Force, Fresh, Json, Only, Recipe, Sets, Until, Variables, group
+from kdkit.cli.options import First, Force, Fresh, Json, Kind, Only, Recipe, Sets, Until, Variables, group
 from kdkit.cli.rewards_app import rewards_app
 from kdkit.cli.runs_app import RUNS, Out, runs_app
 from kdkit.cli.sandbox_app import sandbox_app
@@ -296,6 +296,22 @@ def schema(
     from kdkit.cli.validate import schema as body
 
     raise typer.Exit(body(out))
+
+
+@app.command("new-plugin")
+def new_plugin(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Of the component, such as my-loss.")],
+    *,
+    kind: Annotated[Kind, typer.Option("--kind", help="What it is.")],
+    parent: Annotated[Path, typer.Option("--dir", metavar="DIR", help="Where kdkit-NAME/ is made.")] = Path(),
+) -> None:
+    """Write a package with a component of your own that works, tests included, and print the next three commands.
+
+    docs/how-to/new-plugin.md goes from there to a published plugin.
+    """
+    from kdkit.cli.new_plugin import new_plugin as body
+
+    raise typer.Exit(body(name, kind, parent))
 
 
 @plugins_app.command("list")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Final, Literal, TypeAlias
 
 import typer
 
 from kdkit.cli import complete
 
-__all__ = ["First", "Force", "Fresh", "Json", "Only", "Recipe", "Sets", "Until", "Variables", "group"]
+__all__ = ["First", "Force", "Fresh", "Json", "Kind", "Only", "Recipe", "Sets", "Until", "Variables", "group"]
 
 _SETTINGS: Final = {"help_option_names": ["-h", "--help"]}
 
@@ -24,6 +24,11 @@ def group(summary: str) -> typer.Typer:
         context_settings=_SETTINGS,
     )
 
+
+Kind: TypeAlias = Literal[
+    "loss", "reward", "dataset", "teacher", "quantizer", "metric", "stage", "rollout", "tracker", "sandbox"
+]
+"""Kinds of components."""
 
 Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", autocompletion=complete.recipes, help="Recipe file.")]
 Sets = Annotated[

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Final
 
-__all__ = ["KNOWN", "KnownModel", "cache_dir", "models_dir"]
+__all__ = ["KNOWN", "MODEL_NAMES", "TINY", "KnownModel", "cache_dir", "models_dir"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +54,12 @@ KNOWN: Final[Mapping[str, KnownModel]] = MappingProxyType(
         )
     }
 )
+
+TINY: Final = "tiny"
+"""A random model of a few kilobytes that kdkit makes by itself: it shows in seconds whether a recipe runs, no more."""
+
+MODEL_NAMES: Final[tuple[str, ...]] = (*KNOWN, TINY)
+"""Every name without a path or a Hub id that a recipe may give for a model."""
 
 
 def cache_dir() -> Path:

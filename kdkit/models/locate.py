@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from kdkit.api.errors import EnvironmentUnmet, ModelError
-from kdkit.models.catalogue import KNOWN, KnownModel, cache_dir, models_dir
+from kdkit.models.catalogue import KNOWN, MODEL_NAMES, TINY, KnownModel, cache_dir, models_dir
 from kdkit.models.hub import MODEL_FILES, NotOnHubError, is_offline, snapshot
 
 __all__ = ["check_directory", "fingerprint", "locate", "model_format", "pulled"]
@@ -47,6 +47,10 @@ def locate(literal: str, *, base_dir: Path, revision: str | None = None, offline
         found = _hub(literal, revision, offline=offline or is_offline())
     elif literal in KNOWN:
         found = _known(KNOWN[literal])
+    elif literal == TINY:
+        from kdkit.models.tiny import made_tiny
+
+        found = made_tiny()
     else:
         raise _unknown(literal, base_dir)
     check_directory(found, where=literal)
@@ -122,8 +126,8 @@ def _unknown(literal: str, base_dir: Path) -> ModelError:
     if literal and (base_dir / literal).exists():
         return ModelError(f"no known model is called {literal!r}", hint=f"write ./{literal} for the local directory")
     bare = literal.rsplit("/", 1)[-1].lower()
-    close = difflib.get_close_matches(bare, KNOWN, n=1, cutoff=0.5)
-    meant = f"did you mean {close[0]}?" if close else f"known: {', '.join(sorted(KNOWN))}"
+    close = difflib.get_close_matches(bare, MODEL_NAMES, n=1, cutoff=0.5)
+    meant = f"did you mean {close[0]}?" if close else f"known: {', '.join(sorted(MODEL_NAMES))}"
     return ModelError(f"no known model is called {literal!r}", allowed=_FORMS, hint=meant)
 
 

@@ -165,13 +165,13 @@ def _literal_problem(wants: type[Artifact], text: str, base_dir: Path) -> str | 
 
 
 def _bare_model_problem(text: str, here: str) -> str | None:
-    from kdkit.models.catalogue import KNOWN
+    from kdkit.models.catalogue import MODEL_NAMES
 
-    if text in KNOWN:
+    if text in MODEL_NAMES:
         return None
-    close = nearest(text, KNOWN)
+    close = nearest(text, MODEL_NAMES)
     hint = here or (f"; did you mean {close!r}?" if close else "")
-    known = any_of(KNOWN)
+    known = any_of(MODEL_NAMES)
     return f"no model {text!r}{hint or f'; a model is a Hub id (org/name), a path (./ ../ / ~) or {known}'}"
 
 

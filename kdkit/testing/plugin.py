@@ -92,13 +92,20 @@ def run_recipe(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     added when it has none), and changes are overrides by path: ``run_recipe(text, **{"stages.kd.max_steps": 2})``.
     Runs of one test share the store, so that a second one finds the stages of the first done. A stage that fails
     raises nothing: look at ``result.ok`` and ``result.error``. ``inline=True`` runs it in this process, for debuggers,
-    coverage and patches.
+    coverage and patches; ``var={"model": ...}`` sets variables of the recipe.
     """
     home = tmp_path_factory.mktemp("run_recipe")
     monkeypatch.setenv("KDKIT_STORE", str(home / "store"))
     monkeypatch.setenv("HF_HUB_OFFLINE", os.environ.get("HF_HUB_OFFLINE", "1"))
 
-    def run(recipe: str | Path | Mapping[str, Any], /, *, inline: bool = False, **changes: Any) -> RunResult:
+    def run(
+        recipe: str | Path | Mapping[str, Any],
+        /,
+        *,
+        inline: bool = False,
+        var: Mapping[str, Any] | None = None,
+        **changes: Any,
+    ) -> RunResult:
         import kdkit
 
         file = recipe if isinstance(recipe, Path) else home / "recipe.yaml"
@@ -107,7 +114,7 @@ def run_recipe(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
         elif isinstance(recipe, Mapping):
             # JSON is YAML.
             file.write_text(json.dumps({"kdkit": 1, "name": "test", **recipe}, default=str), encoding="utf-8")
-        return kdkit.run(file, set=changes, out=home / "runs", inline=inline)
+        return kdkit.run(file, set=changes, var=var, out=home / "runs", inline=inline)
 
     return run
 

@@ -5,6 +5,7 @@ A random model proves plumbing only; statements about quality need a trained one
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -135,3 +136,15 @@ def save_tiny_model(
     tiny_model(layers=layers, hidden=hidden, vocab=vocab, seed=seed, tied=tied).save_pretrained(path)
     (tokenizer or tiny_tokenizer()).save_pretrained(path)
     return path
+
+
+def main(target: Path) -> None:
+    """Write the tiny model to ``target``, whole or not at all."""
+    from kdkit.models.files import staged
+
+    with staged(target) as directory:
+        save_tiny_model(directory)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,1 @@
+"""A plugin for kdkit; ``plugin.py`` says what is in it."""
