@@ -76,7 +76,7 @@ def test_a_program_does_not_choose_its_python() -> None:
 
 
 def test_neither_files_nor_variables_configure_ruff(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "ruff.toml").write_text("[lint]\nignore = ['F401']\n")
+    (tmp_path / "ruff.toml").write_text("[lint.per-file-ignores]\n'*' = ['F401']\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RUFF_OUTPUT_FILE", str(tmp_path / "written"))
     assert score(block("import os")).value == pytest.approx(0.9)
