@@ -178,10 +178,10 @@ def test_there_and_back_is_the_same_function(grpo, monkeypatch):
         ]
 
     inputs = [{"prompt": PROMPT, "tests": ["a"]}, {"prompt": PROMPT, "tests": None}]
-    both = [spy, as_trl_reward(from_trl_reward(spy))]
+    both = [spy, as_trl_reward(from_trl_reward(spy)), as_trl_reward("repetition")]
     names, found = calculated(grpo, both, inputs, [said("yes"), said("no")], [[1], [2]])
     assert seen[0] == seen[1]
-    assert names == ["spy", "spy"]
+    assert names == ["spy", "spy", "repetition"]
     torch.testing.assert_close(found[:, 0], found[:, 1], equal_nan=True)
 
 
