@@ -205,7 +205,7 @@ def _result(key: str, pair: tuple[Component[Metric], Metric], predictions: Seque
 def _entry(component: Component[Metric], result: MetricResult) -> dict[str, Any]:
     """``result`` as JSON data, with what its metric declares. Raises ``TypeError`` or ``ValueError`` for no numbers."""
     spec: Any = component.found.spec
-    return entry_of(result, higher_is_better=spec.higher_is_better, unit=spec.unit)
+    return entry_of(result, higher_is_better=spec.direction(component.params), unit=spec.unit)
 
 
 def entry_of(result: MetricResult, *, higher_is_better: bool | None, unit: str) -> dict[str, Any]:
