@@ -227,7 +227,9 @@ def recipe(tmp_path, metrics):
     return file
 
 
-LENGTHS = 'return {"mean": sum(map(len, predictions)) / len(predictions), "pooled": max(map(len, predictions)) ** 0.5}'
+LENGTHS = (
+    'return {"mean": sum(map(len, predictions)) / len(predictions), "pooled": float(len(set("".join(predictions))))}'
+)
 
 
 def test_a_report_shows_both_kinds_with_n_and_interval(script, tmp_path):

@@ -67,13 +67,10 @@ class Tasks:
         random.seed(self._seed)
         np.random.seed(self._seed)
         torch.manual_seed(self._seed)
-        with guarded(allow_code=self._params.allow_code) as refused, ExitStack() as stack:
+        with guarded(allow_code=self._params.allow_code), ExitStack() as stack:
             if self._directory is not None:
                 stack.enter_context(chdir(self._directory))
             loaded = _loaded(self._manager, task)
-        # The harness takes a metric that cannot be loaded for one that is missing, and goes on.
-        for error in refused:
-            raise error
         for name, part in loaded["tasks"].items():
             _refuse_programs(name, getattr(part, "UNSAFE_CODE", False))
             if self._params.num_fewshot is not None and part.get_config("num_fewshot") != 0:
@@ -93,15 +90,16 @@ class Tasks:
 
 
 @contextmanager
-def guarded(*, allow_code: bool) -> Iterator[list[KdkitError]]:
+def guarded(*, allow_code: bool) -> Iterator[None]:
     """While tasks are loaded or scored: no code but that of the installed harness, unless it is allowed.
 
-    Yields what was refused: the harness swallows some errors.
+    Raises:
+        DataError: A task needs other code.
     """
-    refused: list[KdkitError] = []
     if allow_code:
-        yield refused
+        yield
         return
+    refused: list[DataError] = []
 
     def no_metric(path: str, *args: Any, **named: Any) -> Any:
         del args, named
@@ -125,10 +123,14 @@ def guarded(*, allow_code: bool) -> Iterator[list[KdkitError]]:
         _replaced(utils, "env", sandbox),
     ):
         try:
-            yield refused
+            yield
         except SecurityError as error:
             what = f"a template in a task file reaches for more than its data: {error}"
             raise DataError(what, where="tasks", hint=_ALLOW) from error
+        finally:
+            # The harness takes a metric that cannot be loaded for one that is missing, and goes on.
+            if refused:
+                raise refused[0]
 
 
 @contextmanager
