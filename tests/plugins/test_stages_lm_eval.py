@@ -37,7 +37,7 @@ def models(tmp_path_factory) -> Path:
     return root
 
 
-def recipe(place: Path, models: Path, **stage: Any) -> Path:
+def recipe(place: Path, models: Path, /, **stage: Any) -> Path:
     values = {
         "kind": "lm-eval",
         "models": {"base": str(models / "base")},
@@ -55,7 +55,7 @@ def recipe(place: Path, models: Path, **stage: Any) -> Path:
     return file
 
 
-def failed(tmp_path: Path, models: Path, **stage: Any) -> Any:
+def failed(tmp_path: Path, models: Path, /, **stage: Any) -> Any:
     result = kdkit.run(recipe(tmp_path, models, **stage), inline=True, out=tmp_path / "runs")
     assert result.error is not None
     return result.error
