@@ -1,14 +1,16 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import settings
 
-from kdkit.api import Dataset
+from kdkit.testing.fakes import FakeBuildContext
+
+# A checkout that was installed before it had a pytest plugin, or that is only on the path, has it as well.
+pytest_plugins = [] if entry_points(group="pytest11", name="kdkit") else ["kdkit.testing.plugin"]
 
 # The Hub libraries read this once, when they are imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -34,24 +36,6 @@ def shared_data() -> Path:
     return directory.resolve()
 
 
-@dataclass
-class FakeLoadContext:
-    """A ``LoadContext`` that takes references for paths and keeps what is logged."""
-
-    seed: int = 0
-    offline: bool = True
-    lines: list[str] = field(default_factory=list)
-
-    def resolve(self, ref: Any, /) -> Any:
-        return Dataset(path=Path(str(ref.source)))
-
-    def build(self, component: Any, /, *args: Any) -> Any:
-        return component.found.spec.build(component.params, *args)
-
-    def log(self, message: str, /) -> None:
-        self.lines.append(message)
-
-
 @pytest.fixture
-def load_context() -> FakeLoadContext:
-    return FakeLoadContext()
+def load_context() -> FakeBuildContext:
+    return FakeBuildContext()

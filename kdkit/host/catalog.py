@@ -104,6 +104,18 @@ class Catalog:
             plugins += loaded
         return Catalog(plugins, self.broken, self.disabled)
 
+    def with_plugin(self, plugin: object, dist: str) -> Catalog:
+        """A catalogue with an object whose hooks yield components, as if ``dist`` had provided it; for tests.
+
+        Raises:
+            PluginError: The object is no plugin in working order.
+        """
+        source = PluginSource(dist=_normalised(dist), version="0", entry_point="object", load=lambda: plugin)
+        loaded, broken = load_all([source], self._plugins)
+        if broken:
+            raise PluginError(broken[0].error, where=dist)
+        return Catalog([*self._plugins, *loaded], self.broken, self.disabled)
+
     def entries(self, kind: str | None = None) -> tuple[Entry, ...]:
         """All components, or those of one kind: by kind, built-ins first, then by distribution and name.
 

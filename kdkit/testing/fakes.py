@@ -66,13 +66,20 @@ class FakeSession:
 
 
 class FakeBuildContext:
-    """A ``BuildContext`` that builds nested components and keeps what is logged; references become artifacts."""
+    """A ``BuildContext`` and ``LoadContext`` that builds nested components; references become artifacts.
 
-    seed = 0
+    Args:
+        seed: The recipe's seed.
+
+    Attributes:
+        lines: What was logged.
+    """
+
     offline = True
     device = "cpu"
 
-    def __init__(self) -> None:
+    def __init__(self, *, seed: int = 0) -> None:
+        self.seed = seed
         self.lines: list[str] = []
 
     def resolve(self, ref: Any, /) -> Any:

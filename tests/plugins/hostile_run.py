@@ -7,124 +7,15 @@ from __future__ import annotations
 
 import json
 import os
-import socket
-import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Literal
 
-from kdkit.api import SandboxJob, SandboxLimits, SandboxOutcome
 from kdkit.plugins.sandboxes.places import private_user
 from kdkit.plugins.sandboxes.providers import bubblewrap, landlock
+from kdkit.testing.programs import HONEST, LIMITS, hostile_host, hostile_programs, wrong
 
-sys.path.insert(0, str(Path(__file__).parent))
-from hostile_programs import CPP, EXACT, HEAD, PYTHON, Hostile
-
-# Two programs sleep; all others end by themselves or by the CPU limit, also on a busy machine.
-LIMITS = SandboxLimits(wall_s=8.0, cpu_s=1.0, memory_bytes=128 * 2**20, output_bytes=2**18, processes=8)
 PROVIDERS = {"bubblewrap": bubblewrap, "landlock": landlock}
-TOKEN = "canary5f3a"
-HONEST = {
-    "python": ("a, b = map(int, input().split())\nprint(a + b)", "python"),
-    "cpp": (
-        "#include <iostream>\nint main() { int a, b; std::cin >> a >> b; std::cout << a + b << std::endl; }",
-        "cpp",
-    ),
-}
-PLACES = ("/", "/tmp", "/var/tmp", "/dev/shm", "/usr/lib", "/etc", str(Path.home()), str(Path.cwd()))
-
-
-class Host:
-    """What hostile programs may want, and whether they got it."""
-
-    def __init__(self, directory: Path) -> None:
-        directory.chmod(0o755)
-        self.directory = directory
-        self.secret = directory / "secret"
-        self.secret.write_text(TOKEN)
-        self.secret.chmod(0o644)
-        (directory / "expected-output").write_text(TOKEN)
-        self.private = directory / "private"
-        self.private.write_text(TOKEN)
-        self.private.chmod(0o600)
-        self.outside = directory / "outside"
-        self.outside.mkdir()
-        self.outside.chmod(0o777)
-        self.victim = subprocess.Popen(["sleep", "1000"], start_new_session=True)
-        self.servers = []
-        for family, address in (
-            (socket.AF_INET, ("127.0.0.1", 0)),
-            (socket.AF_UNIX, str(directory / "socket")),
-            (socket.AF_UNIX, f"\0kdkit-{os.getpid()}"),
-        ):
-            server = socket.socket(family)
-            server.bind(address)
-            server.listen(8)
-            server.settimeout(0)
-            self.servers.append(server)
-        (directory / "socket").chmod(0o777)
-
-    def given(self) -> str:
-        return json.dumps(
-            {
-                "secret": str(self.secret),
-                "private": str(self.private),
-                "judge": os.getpid(),
-                "victim": self.victim.pid,
-                "port": self.servers[0].getsockname()[1],
-                "unix": str(self.directory / "socket"),
-                "abstract": f"kdkit-{os.getpid()}",
-                "outside": str(self.outside),
-                "token": TOKEN,
-            }
-        )
-
-    def filled(self, source: str) -> str:
-        return source.replace("@SECRET@", str(self.secret)).replace("@PRIVATE@", str(self.private))
-
-    def harm(self) -> Iterator[str]:
-        if self.victim.poll() is not None:
-            yield "the victim is dead"
-        for server in self.servers:
-            try:
-                server.accept()
-                yield f"a connection to {server.getsockname()!r}"
-            except OSError:
-                pass
-        for path in (self.secret, self.private):
-            if path.read_text() != TOKEN:
-                yield f"{path.name} was changed"
-        if list(self.outside.iterdir()):
-            yield "something was written outside"
-        for place in PLACES:
-            if Path(place, "kdkit-hostile").exists():
-                yield f"something was written to {place}"
-
-    def close(self) -> None:
-        self.victim.kill()
-        self.victim.wait()
-        for server in self.servers:
-            server.close()
-
-
-@contextmanager
-def host() -> Iterator[Host]:
-    with tempfile.TemporaryDirectory(prefix="kdkit-hostile-", dir="/tmp") as name, ExitStack() as stack:
-        found = Host(Path(name))
-        stack.callback(found.close)
-        yield found
-
-
-def wrong(program: Hostile, outcome: SandboxOutcome) -> Iterator[str]:
-    said = outcome.stdout + outcome.stderr
-    if outcome.status != program.status:
-        yield f"{program.name}: {outcome.status} instead of {program.status}: {outcome.reason or said[-300:]!r}"
-    if "PWNED" in outcome.stdout or TOKEN in said:
-        yield f"{program.name}: {said[-300:]!r}"
-    if program.name in EXACT and EXACT[program.name] != (outcome.exit_code, outcome.signal):
-        yield f"{program.name}: exit code {outcome.exit_code}, signal {outcome.signal}"
 
 
 def leftovers() -> set[str]:
@@ -149,25 +40,15 @@ def leftovers() -> set[str]:
     return found
 
 
-def main(provider: str, language: str) -> list[str]:
+def main(provider: str, language: Literal["python", "cpp"]) -> list[str]:
     problems: list[str] = []
-    os.environ["KDKIT_TEST_SECRET"] = TOKEN
-    programs = PYTHON if language == "python" else CPP
-    source, kind = HONEST[language]
-    honest = SandboxJob(program=source, language=kind, stdin="20 22")
+    programs, honest = hostile_programs(language), HONEST[language]
     # An earlier test of this user may have left nothing either.
     before = leftovers()
-    with host() as world:
+    with hostile_host() as world:
         session = PROVIDERS[provider](2).open(LIMITS)
         try:
-            jobs = []
-            for program in programs:
-                given = world.given() if program.source.startswith(HEAD) else ""
-                jobs += [
-                    SandboxJob(program=world.filled(program.source), language=kind, stdin=given),
-                    honest,
-                ]
-            outcomes = session.run(jobs)
+            outcomes = session.run([job for program in programs for job in (world.job(program), honest)])
             for program, outcome, after in zip(programs, outcomes[::2], outcomes[1::2], strict=True):
                 problems += wrong(program, outcome)
                 if (after.status, after.stdout) != ("ok", "42\n"):

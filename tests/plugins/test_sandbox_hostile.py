@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hostile_programs import CPP, PYTHON
 from sandbox_helpers import HERE, PROVIDERS, need
+
+from kdkit.testing.programs import hostile_programs
 
 
 @pytest.fixture
@@ -32,9 +33,10 @@ def started(prefix: list[str], program: str, *arguments: str) -> dict:
 
 
 def test_there_are_enough_of_them():
-    assert len(PYTHON) >= 34
-    assert len(CPP) >= 6
-    assert len({p.name for p in (*PYTHON, *CPP)}) == len(PYTHON) + len(CPP)
+    python, cpp = hostile_programs("python"), hostile_programs("cpp")
+    assert len(python) >= 34
+    assert len(cpp) >= 6
+    assert len({p.name for p in (*python, *cpp)}) == len(python) + len(cpp)
 
 
 @pytest.mark.parametrize("language", ["python", "cpp"])
