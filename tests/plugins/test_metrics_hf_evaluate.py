@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,27 +14,11 @@ from kdkit.api import DataError, EnvironmentUnmet, Prediction, RecipeError
 from kdkit.host import Catalog
 from kdkit.testing.tiny import save_tiny_model
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+from hf_scripts import LISTS, MEAN, POOLED, TEXT, WORDS, own_caches, write_script
+
 pytest.importorskip("evaluate")
-
-SCRIPT = """
-import datasets
-import evaluate
-
-
-class {name}(evaluate.{kind}):
-    def _info(self):
-        return evaluate.{kind}Info(
-            description="d", citation="c", inputs_description="i",
-            features=datasets.Features({features}),
-        )
-
-    def _compute(self, {arguments}):
-        {body}
-"""
-TEXT = 'datasets.Value("string")'
-BOTH = f'{{"predictions": {TEXT}, "references": {TEXT}}}'
-LISTS = f'{{"predictions": {TEXT}, "references": datasets.Sequence({TEXT})}}'
-WORDS = "overlap = [len(set(p.split()) & set(r.split())) for p, r in zip(predictions, references)]\n        "
 
 ROWS = [
     ("the cat sat", "the cat sat down"),
@@ -47,42 +33,24 @@ PREDICTIONS = [Prediction(f"q{i}", text, (reference, "spare"), id=str(i)) for i,
 
 @pytest.fixture(autouse=True)
 def caches(tmp_path, monkeypatch):
-    """Scripts are copied to a cache before they run: that of the test."""
-    import evaluate.config as config
-    import evaluate.loading as loading
-
-    monkeypatch.setattr(config, "HF_METRICS_CACHE", tmp_path / "metrics")
-    monkeypatch.setattr(loading, "init_dynamic_modules", lambda *args: str(modules(tmp_path, monkeypatch)))
-
-
-def modules(tmp_path: Path, monkeypatch) -> Path:
-    place = tmp_path / "cache" / f"evaluate_modules_{tmp_path.name.replace('-', '_')}"
-    place.mkdir(parents=True, exist_ok=True)
-    (place / "__init__.py").touch()
-    monkeypatch.syspath_prepend(str(place.parent))
-    return place
+    return own_caches(tmp_path, monkeypatch)
 
 
 @pytest.fixture
 def script(tmp_path):
     """Writes a script, in a directory of its name."""
-
-    def write(name="words", *, features=BOTH, arguments="predictions, references", body, kind="Metric"):
-        file = tmp_path / name / f"{name}.py"
-        file.parent.mkdir()
-        source = SCRIPT.format(name=name.title(), features=features, arguments=arguments, body=body, kind=kind)
-        file.write_text(source)
-        return str(file.parent)
-
-    return write
+    return partial(write_script, tmp_path)
 
 
 def build(**params):
     return kdkit.build("metric", "hf-evaluate", **params)
 
 
-MEAN = WORDS + 'return {"words": sum(overlap) / len(overlap), "most": max(overlap)}'
-POOLED = WORDS + 'return {"words": sum(overlap) / sum(len(r.split()) for r in references)}'
+def test_half_a_character_in_an_answer_is_no_error(script):
+    result = build(name="words", path=script(body=MEAN)).score(
+        [*PREDICTIONS, Prediction("q", "a \ud800", ("a b",), id="9")]
+    )
+    assert result.per_example[-1] == 1.0
 
 
 def test_a_mean_has_a_value_per_example(script):
@@ -192,8 +160,8 @@ def test_nothing_is_fetched_by_name(monkeypatch):
         build(name="bleu")
 
 
-def test_a_script_that_was_fetched_before_is_found_by_name(script, tmp_path, monkeypatch):
-    place = modules(tmp_path, monkeypatch) / "metrics" / "evaluate-metric--words" / ("0" * 64)
+def test_a_script_that_was_fetched_before_is_found_by_name(script, caches):
+    place = caches / "metrics" / "evaluate-metric--words" / ("0" * 64)
     place.mkdir(parents=True)
     for parent in (place, place.parent, place.parent.parent):
         (parent / "__init__.py").touch()

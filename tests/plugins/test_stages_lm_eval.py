@@ -13,6 +13,8 @@ import pytest
 
 import kdkit
 from kdkit.host import compat
+from kdkit.plugins.stages.lm_eval_plugin import LM_EVAL
+from kdkit.testing.conformance import StageConformance
 from kdkit.testing.tiny import save_tiny_model
 
 TASKS = Path(__file__).with_name("lm_eval_tasks")
@@ -27,6 +29,16 @@ def installed() -> bool:
 
 
 needs_harness = pytest.mark.skipif(not installed(), reason="lm-eval is not installed (extra: lm-eval)")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def own_cache(tmp_path_factory):
+    """Rows are copied to a cache before they are read: not to that of the person who runs the tests."""
+    import datasets.config
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +179,22 @@ def test_the_numbers_are_those_of_the_harness(done, models, monkeypatch):
         found["kdkit_read"]["word_perplexity,none"], rel=1e-4
     )
     assert found["kdkit_pick"]["sample_len"] == ours["pick"]["acc"]["n"]
+
+
+@needs_harness
+class TestLmEval(StageConformance):
+    spec = LM_EVAL
+    wrong = ({"tasks": []}, {"include_path": "org/tasks"}, {"limit": 0})
+
+    def params(self, model, rows):
+        shutil.copytree(TASKS, model.parent / "tasks")
+        return {
+            "models": {"tiny": str(model)},
+            "tasks": ["kdkit_pick"],
+            "include_path": str(model.parent / "tasks"),
+            "limit": 2,
+            "precision": "fp32",
+        }
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

@@ -92,11 +92,11 @@ class HfEvaluate:
 
     def _computed(self, items: Sequence[Prediction]) -> Mapping[str, Any]:
         first = "predictions" if "predictions" in self._features else "data"
-        given: dict[str, Any] = {first: [item.text for item in items]}
+        given: dict[str, Any] = {first: [_whole_characters(item.text) for item in items]}
         if self._compares:
             lists = not isinstance(self._features["references"], Value)
-            # A table has as many columns everywhere: metrics that take lists may have them of any length.
-            given["references"] = [list(item.references) if lists else item.references[0] for item in items]
+            references = [[_whole_characters(text) for text in item.references] for item in items]
+            given["references"] = references if lists else [texts[0] for texts in references]
         found: Mapping[str, Any] = self._module.compute(**given, **self._params.options) or {}
         return found
 
@@ -111,6 +111,11 @@ class HfEvaluate:
             hint = "set value to one of them" if numbers else "its results are neither numbers nor one for each answer"
             raise DataError(what, where=self._where, allowed=", ".join(numbers) or None, hint=hint)
         return numbers[name]
+
+
+def _whole_characters(text: str) -> str:
+    """Halves of characters cannot stand in the tables that evaluate makes."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _number(value: Any, count: int) -> float | list[float] | None:
