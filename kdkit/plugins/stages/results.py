@@ -219,11 +219,15 @@ def entry_of(result: MetricResult, *, higher_is_better: bool | None, unit: str) 
         "weights": None if result.weights is None else [_finite(weight) for weight in result.weights],
         "link": result.link,
         "ids": [],
-        **({"ci95": [_finite(bound) for bound in result.ci95]} if result.ci95 else {}),
+        **({"ci95": [float(bound) for bound in result.ci95]} if _is_interval(result.ci95) else {}),
         "counts": {str(what): int(number) for what, number in result.counts.items()},
         "higher_is_better": higher_is_better,
         "unit": unit,
     }
+
+
+def _is_interval(ci95: tuple[float, float] | None) -> bool:
+    return ci95 is not None and all(map(math.isfinite, ci95))
 
 
 def _undefined(component: Component[Metric], reason: str, counts: Mapping[str, int] | None = None) -> dict[str, Any]:
