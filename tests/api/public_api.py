@@ -14,6 +14,7 @@ from dataclasses import MISSING, Field, fields, is_dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 from pydantic import BaseModel
@@ -29,6 +30,8 @@ MODULES = (
     "kdkit.testing.tiny",
 )
 FIXTURES = "kdkit.testing.plugin"
+LONGEST = 60
+"""Characters of a value that is worth showing."""
 
 
 def snapshot() -> str:
@@ -70,8 +73,14 @@ def signature(function: Any) -> str:
     def plainly(annotation: Any) -> Any:
         return Plain(annotation) if isinstance(annotation, str) else annotation
 
+    def shortly(default: Any) -> Any:
+        return Plain("...") if isinstance(default, str) and len(default) > LONGEST else default
+
     found = inspect.signature(function)
-    given = [given.replace(annotation=plainly(given.annotation)) for given in found.parameters.values()]
+    given = [
+        given.replace(annotation=plainly(given.annotation), default=shortly(given.default))
+        for given in found.parameters.values()
+    ]
     return str(found.replace(parameters=given, return_annotation=plainly(found.return_annotation)))
 
 
@@ -81,10 +90,12 @@ def described(name: str, value: Any) -> Iterator[str]:
         yield from described_class(name, value)
     elif inspect.isfunction(value):
         yield f"def {name}{signature(value)}"
-    elif value.__class__.__module__ == "typing" or "Annotated" in repr(value):
-        yield f"type {name} = {plain(value)}"
+    elif hasattr(value, "__origin__") or isinstance(value, UnionType):
+        # What stands beside the type in an Annotated checks values, and shows addresses.
+        yield f"type {name} = {plain(value.__origin__ if hasattr(value, '__metadata__') else value)}"
     else:
-        yield f"{name}: {type(value).__name__}" + (f" = {value!r}" if isinstance(value, str | int | tuple) else "")
+        short = isinstance(value, str | int | tuple) and len(repr(value)) <= LONGEST
+        yield f"{name}: {type(value).__name__}" + (f" = {value!r}" if short else "")
 
 
 def described_class(name: str, cls: type) -> Iterator[str]:
