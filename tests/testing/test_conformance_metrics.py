@@ -292,10 +292,11 @@ def of_all(change):
 
 
 WRONG_OF_ALL = [
-    ({"per_example": (1.0,)}, WHOLE, "values per example, of a metric that has none"),
+    ({"per_example": (1.0,)}, WHOLE, "n is 8, of 1 values|an interval of its own"),
+    ({"per_example": (40.0,) * 8, "ci95": None}, MEAN_OF, "the mean of the examples 40.0"),
     ({"ids": ("row-0",)}, WHOLE, "ids, of a metric without values per example"),
     ({"ci95": (60.0, 40.0)}, WHOLE, "the interval is 60.0 to 40.0"),
-    ({"ci95": (-1.0, 40.0)}, MEAN_OF, "the interval begins at -1.0"),
+    ({"ci95": (-1.0, 40.0)}, WHOLE, "the interval begins at -1.0"),
     ({"ci95": (1.0, 400.0)}, WHOLE, "the interval ends at 400.0"),
     ({"value": 40.0}, TELLS, "the same value"),
 ]
