@@ -87,7 +87,7 @@ def test_no_pickles_and_no_shell():
 
 
 def light_modules() -> list[str]:
-    packages = ("api", "host", "recipe", "cli")
+    packages = ("adapters", "api", "host", "recipe", "cli")
     modules = ["kdkit", "kdkit.models.catalogue", "kdkit.models.locate", "kdkit.train.params"]
     for path in SOURCES:
         name = relative(path).removesuffix(".py").replace("/", ".").removesuffix(".__init__")

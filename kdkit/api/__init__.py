@@ -82,8 +82,10 @@ from kdkit.api.specs import (
     TeacherSpec,
     TrackerSpec,
 )
+from kdkit.api.version import API_VERSION
 
 __all__ = [
+    "API_VERSION",
     "AlignedLoss",
     "AlignedLossInputs",
     "Artifact",

@@ -135,7 +135,8 @@ class MetricResult:
 
     Attributes:
         value: The number for the table.
-        per_example: One value per scored prediction, in the order of ``ids``.
+        per_example: One value per scored prediction, in the order of ``ids``; empty for a metric that has none, whose
+            models are then not compared.
         n: How many predictions were scored.
         weights: Token counts for per-token means; None for plain means.
         link: ``exp`` for perplexity, else ``identity``.
@@ -143,6 +144,8 @@ class MetricResult:
             and statistics then resample examples, not answers.
         counts: What a reader of the value must know, as words and a number: how many predictions were left out and why.
             Only what occurred; zero is not listed.
+        ci95: Only for a metric of all answers together (BLEU of a corpus), which has no values per example: an interval
+            that the metric made itself, by scoring resamples of the examples.
     """
 
     value: float
@@ -152,6 +155,7 @@ class MetricResult:
     link: Literal["identity", "exp"] = "identity"
     ids: tuple[str, ...] = ()
     counts: Mapping[str, int] = field(default_factory=dict)
+    ci95: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,12 +26,40 @@ from kdkit.api.specs import (
     TrackerSpec,
 )
 
-__all__ = ["COMPONENT_HOOKS", "HookSpecs", "RunFinished", "StageFinished", "StageStarted", "hookimpl", "hookspec"]
+__all__ = [
+    "COMPONENT_HOOKS",
+    "HookSpecs",
+    "RunFinished",
+    "StageFinished",
+    "StageStarted",
+    "deprecated",
+    "hookimpl",
+    "hookspec",
+]
 
 PROJECT: Final = "kdkit"
 ENTRY_POINT_GROUP: Final = "kdkit.plugins"
 hookspec: Final = pluggy.HookspecMarker(PROJECT)
 hookimpl: Final = pluggy.HookimplMarker(PROJECT)
+
+
+def deprecated(what: str, *, since: str, until: str, instead: str) -> DeprecationWarning:
+    """The warning for the author of a plugin, for ``warn_on_impl`` and ``warn_on_impl_args`` of a hook specification.
+
+    A deprecated argument stays in the specification and is filled from the field of the event of that name::
+
+        @hookspec(warn_on_impl_args={"key": deprecated("the argument 'key' of kdkit_stage_started", since="1.2",
+                                                       until="2.0", instead="event.key")})
+        def kdkit_stage_started(self, event: StageStarted, key: str) -> None: ...
+
+    Args:
+        what: The argument or hook.
+        since: The first version of kdkit that warns.
+        until: The first version without it.
+        instead: What to write.
+    """
+    return DeprecationWarning(f"{what} is deprecated since kdkit {since} and goes with {until}; use {instead}")
+
 
 COMPONENT_HOOKS: Final[Mapping[str, str]] = {
     "loss": "kdkit_losses",

@@ -150,7 +150,8 @@ class MetricSpec(Spec[P]):
     """A metric.
 
     Attributes:
-        higher_is_better: Direction, for reports and best checkpoints; None where neither end is better.
+        higher_is_better: Direction, for reports; None where neither end is better. A function of the parameters where
+            these decide it.
         needs: ``completion`` (generated answers), ``reference`` (answers to compare them with), ``nll`` and
             ``teacher-kl`` (teacher-forced passes), ``verdict`` (answers judged by a reward), ``exposure`` (traces on
             the model's own and on the teacher's answers), ``student-kl`` (a trace of the reverse KL on its own). At
@@ -161,7 +162,7 @@ class MetricSpec(Spec[P]):
 
     kind: ClassVar[str] = "metric"
     build: Callable[[P], Metric]
-    higher_is_better: bool | None
+    higher_is_better: bool | Callable[[P], bool | None] | None
     needs: frozenset[Literal["completion", "reference", "nll", "teacher-kl", "verdict", "exposure", "student-kl"]] = (
         frozenset({"completion", "reference"})
     )
@@ -172,6 +173,10 @@ class MetricSpec(Spec[P]):
         Spec.__post_init__(self)
         if not frozenset(self.needs) - {"reference"}:
             raise ValueError(f"metric {self.name!r} needs nothing that a model gives, such as 'completion'")
+
+    def direction(self, params: P) -> bool | None:
+        """``higher_is_better`` with these parameters."""
+        return self.higher_is_better(params) if callable(self.higher_is_better) else self.higher_is_better
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

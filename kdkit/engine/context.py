@@ -23,6 +23,7 @@ from kdkit.engine.inputs import Inputs, artifact_at
 from kdkit.engine.job import StageJob
 from kdkit.engine.manifest import Manifest
 from kdkit.engine.metrics import MetricsFile, Trackers
+from kdkit.host import check_extras
 
 if TYPE_CHECKING:
     from kdkit.api.slots import Found
@@ -74,6 +75,7 @@ class Builder:
     def build(self, component: Component[T], /, *args: Any) -> T:
         """Build a nested component; errors name its plugin."""
         spec: Any = component.found.spec
+        check_extras(component.found)
         with ComponentBoundary(component.found, _founds(component.params)):
             context = (self,) if component.kind in _WITH_CONTEXT else ()
             built: T = spec.build(component.params, *context, *args)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
 from kdkit.api.errors import RecipeError
-from kdkit.api.slots import Ref, StageOutput, walk
+from kdkit.api.slots import Component, Found, Ref, StageOutput, walk
 from kdkit.engine.hardware import resolve_precision
 from kdkit.engine.inputs import Inputs
 from kdkit.engine.keys import KeyMaker, StageKey, differences
 from kdkit.engine.selection import Selection
 from kdkit.engine.store import Condition, Store
+from kdkit.host import check_extras
 
 if TYPE_CHECKING:
     from kdkit.engine.manifest import Manifest
@@ -97,6 +98,22 @@ class Plan:
             "inputs": dict(self.pins),
             "stages": [planned.to_json() for planned in self.stages],
         }
+
+    def check_extras(self) -> None:
+        """Refuse what cannot run for want of a package, before hours of work that come before it.
+
+        Raises:
+            EnvironmentUnmet: A component of a stage that is to run needs a pip extra that is not installed.
+        """
+        for planned in self.stages:
+            for found in _founds(planned.stage) if planned.selected and planned.state != "cached" else ():
+                check_extras(found)
+
+
+def _founds(stage: Stage) -> Iterator[Found]:
+    """The stage's own code and that of every component in it."""
+    yield stage.found
+    yield from (slot.found for _, slot in walk(stage.params) if isinstance(slot, Component))
 
 
 def make_plan(recipe: Recipe, store: Store, selection: Selection | None = None) -> Plan:

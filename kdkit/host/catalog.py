@@ -20,7 +20,7 @@ from kdkit.host import missing
 from kdkit.host.compat import requirement_problem
 from kdkit.host.entry_points import installed_plugins
 from kdkit.host.files import file_source
-from kdkit.host.manager import load_all, new_manager
+from kdkit.host.manager import call, load_all, new_manager
 from kdkit.host.records import BUILT_IN, BrokenPlugin, Entry, LoadedPlugin, PluginSource, file_of, one_line
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ class Catalog:
         for implementation in reversed(hook.get_hookimpls()):
             try:
                 with redirect_stdout(sys.stderr):
-                    implementation.function(*[event] * len(implementation.argnames))
+                    call(implementation, event)
             except KeyboardInterrupt:
                 raise
             except BaseException as exc:  # noqa: BLE001 - a notification never stops a run
@@ -214,8 +214,11 @@ def _is_disabled(source: PluginSource, tokens: Iterable[str]) -> bool:
 
 
 def _notified(plugins: Sequence[LoadedPlugin]) -> pluggy.PluginManager:
-    """A manager with all plugins; pluggy calls the last one registered first, so built-ins register last."""
-    manager = new_manager()
+    """A manager with all plugins; pluggy calls the last one registered first, so built-ins register last.
+
+    Their authors were warned when the plugins were loaded.
+    """
+    manager = new_manager(warn=False)
     for plugin in reversed(plugins):
         manager.register(plugin.plugin, name=f"{plugin.source.label} (entry point {plugin.source.entry_point!r})")
     return manager

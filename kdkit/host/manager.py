@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import redirect_stdout
 from difflib import get_close_matches
-from typing import Final
+from typing import Any, Final
 
 import pluggy
 
@@ -16,16 +16,32 @@ from kdkit.host.compat import kdkit_problem
 from kdkit.host.records import BrokenPlugin, Entry, LoadedPlugin, PluginFault, PluginSource, file_of
 from kdkit.host.spec_check import check_spec
 
-__all__ = ["load_all", "load_plugin", "new_manager"]
+__all__ = ["call", "load_all", "load_plugin", "new_manager"]
 
 HOOKS: Final = tuple(name for name in vars(HookSpecs) if name.startswith("kdkit_"))
 
 
-def new_manager() -> pluggy.PluginManager:
-    """A pluggy manager that knows the hooks of kdkit and no plugin."""
+def new_manager(*, warn: bool = True) -> pluggy.PluginManager:
+    """A pluggy manager that knows the hooks of kdkit and no plugin.
+
+    Args:
+        warn: Whether plugins that use what the hook specifications call deprecated are warned when they register.
+    """
     manager = pluggy.PluginManager(PROJECT)
     manager.add_hookspecs(HookSpecs)
+    for name in () if warn else HOOKS:
+        spec: Any = getattr(manager.hook, name).spec
+        spec.warn_on_impl = spec.warn_on_impl_args = None
     return manager
+
+
+def call(implementation: pluggy.HookImpl, event: Any = None) -> Any:
+    """Call one hook implementation with the arguments that it names, deprecated ones included.
+
+    A deprecated argument is a field of the event that took its place; None where there is no such field.
+    """
+    values = [event if name == "event" else getattr(event, name, None) for name in implementation.argnames]
+    return implementation.function(*values)
 
 
 def load_all(
@@ -123,7 +139,7 @@ def _entries(
     taken = {(e.kind, e.name) for other in earlier if other.source.dist == source.dist for e in other.entries}
     for kind, hook in COMPONENT_HOOKS.items():
         for implementation in _implementations(manager, hook):
-            for item in _yielded(implementation.function(), hook, kind):
+            for item in _yielded(call(implementation), hook, kind):
                 spec = check_spec(item, kind, hook)
                 if (kind, spec.name) in taken:
                     raise PluginFault(f"{source.dist} provides {kind} {spec.name!r} twice")

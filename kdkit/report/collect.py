@@ -159,7 +159,7 @@ def _column(scores: MergedScores, key: str, dataset: str, metric: str, notes: No
         if result.n:
             links.add(result.link)
         # Weights are tokens: what a token is differs between vocabularies.
-        if result.weights is not None and (known := scores.models[name].vocabulary):
+        if result.weights is not None and result.of_tokens and (known := scores.models[name].vocabulary):
             vocabularies[name] = known
         sample = _sample(result, f"{key} of {name}", notes)
         if sample is not None:
@@ -185,8 +185,11 @@ def _sample(result: MetricScores, about: str, notes: Notes) -> Sample | None:
     reason = None
     if result.reason:
         reason = f"undefined ({result.reason})"
+    elif not result.n:
+        reason = "no example was scored"
     elif not result.per_example:
-        reason = "no per-example scores, so neither interval nor comparison" if result.n else "no example was scored"
+        lacks = "comparison" if result.ci95 else "interval nor comparison"
+        reason = f"no per-example scores, so {'no' if result.ci95 else 'neither'} {lacks}"
     elif len(scores) < len(result.per_example):
         reason = "undefined for some examples, so neither interval nor comparison"
     if reason:
@@ -215,7 +218,7 @@ def _close(found: float, stated: float | None) -> bool:
 def _metric_entry(
     result: MetricScores, sample: Sample | None, bootstrap: Bootstrap, about: str, notes: Notes
 ) -> dict[str, Any]:
-    ci95 = score_interval(sample, bootstrap, unit=result.unit) if sample else None
+    ci95 = score_interval(sample, bootstrap, unit=result.unit) if sample else result.ci95
     if sample and sample.n == 1:
         notes.add(ONE_EXAMPLE, about)
     elif sample and ci95 is None:

@@ -43,7 +43,9 @@ class MetricScores(_Part):
     """One model's scores on one metric of one dataset; None among ``per_example`` is an undefined score.
 
     ``counts`` is what the metric wants its reader to know: how many predictions it left out, and why. ``reason`` says
-    why there is no value where the metric is undefined.
+    why there is no value where the metric is undefined. ``ci95`` is the interval of a metric of all examples together,
+    which has no values per example. ``of_tokens`` says that weights count the model's own tokens, and not words or
+    bytes, which are the same for all models.
     """
 
     value: Score
@@ -53,6 +55,8 @@ class MetricScores(_Part):
     link: Literal["identity", "exp"] = "identity"
     ids: tuple[str, ...] = ()
     counts: dict[str, int] = {}
+    ci95: tuple[float, float] | None = None
+    of_tokens: bool = True
     reason: str = ""
     higher_is_better: bool | None
     unit: str = ""

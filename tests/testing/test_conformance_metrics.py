@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "plugins"))
 
+from hf_scripts import MEAN, POOLED, own_caches, write_script
 from suites import check, checks_of, variant
 
 from kdkit.api import DataError, MetricResult, Prediction
@@ -108,6 +110,27 @@ class TestStudentKL(BuiltIn):
 
 class TestExposureBias(BuiltIn):
     name, range = "exposure-bias", (-100.0, 1e9)
+
+
+class HfEvaluate(BuiltIn):
+    name, body, __test__ = "hf-evaluate", "", False
+
+    @pytest.fixture(autouse=True)
+    def _script(self, tmp_path, monkeypatch):
+        pytest.importorskip("evaluate")
+        own_caches(tmp_path, monkeypatch)
+        type(self).path = Path(write_script(tmp_path, body=self.body))
+
+    def build(self):
+        return SPECS[self.name].build(SPECS[self.name].params(name="words", path=self.path, value="words"))
+
+
+class TestHfEvaluateWithValuesPerExample(HfEvaluate):
+    range, body, __test__ = (0.0, 100.0), MEAN, True
+
+
+class TestHfEvaluateOfTheCorpus(HfEvaluate):
+    range, body, corpus, __test__ = (0.0, 1.0), POOLED, True, True
 
 
 def test_every_built_in_metric_is_here():
@@ -223,16 +246,16 @@ class NeedsReferences(Right):
 
 
 TELLS, WHOLE = "test_your_predictions_tell_something", "test_a_result_is_whole"
-MEAN, TWICE = "test_the_value_is_the_mean_of_the_examples", "test_the_same_twice_and_from_another_instance"
+MEAN_OF, TWICE = "test_the_value_is_the_mean_of_the_examples", "test_the_same_twice_and_from_another_instance"
 ORDER, DOUBLE = "test_the_order_does_not_matter", "test_every_row_twice_has_the_same_value"
 STAY, NONE = "test_the_predictions_stay_as_they_are", "test_no_predictions_are_undefined"
 ANSWER, PARTS = "test_no_answer_makes_it_raise", "test_missing_parts_make_it_raise_nothing_else"
 WRONG = [
     (Constant, TELLS, "the same value"),
-    (with_result(lambda r: {"value": 2 * r.value + 1}), MEAN, "the mean of the examples"),
-    (with_result(lambda r: {"weights": (1.0,)}), MEAN, "1 weights for"),
-    (with_result(lambda r: {"weights": (-1.0,) * r.n}), MEAN, "a weight is no number of 0 or more"),
-    (with_result(lambda r: {"link": "exp"}), MEAN, "the mean of the examples"),
+    (with_result(lambda r: {"value": 2 * r.value + 1}), MEAN_OF, "the mean of the examples"),
+    (with_result(lambda r: {"weights": (1.0,)}), MEAN_OF, "1 weights for"),
+    (with_result(lambda r: {"weights": (-1.0,) * r.n}), MEAN_OF, "a weight is no number of 0 or more"),
+    (with_result(lambda r: {"link": "exp"}), MEAN_OF, "the mean of the examples"),
     (with_result(lambda r: {"value": 300.0}), WHOLE, "outside 0.0 to 100.0"),
     (with_result(lambda r: {"value": float("nan")}), WHOLE, "the value is nan"),
     (with_result(lambda r: {"n": r.n + 1}), WHOLE, "n is"),
@@ -252,6 +275,51 @@ WRONG = [
     (NotANumberWhenEmpty, ANSWER, "the value is nan"),
     (NeedsReferences, PARTS, "out of range"),
 ]
+
+
+class RightOfAll(Right):
+    """One number for all answers together, with an interval of its own."""
+
+    def result(self, values, ids):
+        return MetricResult(value=sum(values) / len(values), per_example=(), n=len(values), ci95=(0.0, 100.0))
+
+
+def of_all(change):
+    def result(self, values, ids):
+        return replace(RightOfAll.result(self, values, ids), **change)
+
+    return type("Wrong", (RightOfAll,), {"result": result})
+
+
+WRONG_OF_ALL = [
+    ({"per_example": (1.0,)}, WHOLE, "n is 8, of 1 values|an interval of its own"),
+    ({"per_example": (40.0,) * 8, "ci95": None}, MEAN_OF, "the mean of the examples 40.0"),
+    ({"ids": ("row-0",)}, WHOLE, "ids, of a metric without values per example"),
+    ({"ci95": (60.0, 40.0)}, WHOLE, "the interval is 60.0 to 40.0"),
+    ({"ci95": (-1.0, 40.0)}, WHOLE, "the interval begins at -1.0"),
+    ({"ci95": (1.0, 400.0)}, WHOLE, "the interval ends at 400.0"),
+    ({"value": 40.0}, TELLS, "the same value"),
+]
+
+
+def suite_of_all(metric):
+    return variant(MetricConformance, build=metric, range=(0.0, 100.0), corpus=True)
+
+
+@pytest.mark.parametrize(("change", "test", "reason"), WRONG_OF_ALL)
+def test_a_wrong_metric_of_all_answers_fails(change, test, reason, tmp_path):
+    with pytest.raises(AssertionError, match=reason):
+        check(suite_of_all(of_all(change)), test, tmp_path)
+
+
+@pytest.mark.parametrize("test", checks_of(MetricConformance))
+def test_a_right_metric_of_all_answers_passes(test, tmp_path):
+    check(suite_of_all(RightOfAll), test, tmp_path)
+
+
+def test_an_interval_beside_values_per_example_is_wrong(tmp_path):
+    with pytest.raises(AssertionError, match="an interval of its own"):
+        check(suite(with_result(lambda r: {"ci95": (0.0, 1.0)})), WHOLE, tmp_path)
 
 
 def suite(metric):

@@ -11,6 +11,7 @@ from kdkit.api.hookspecs import hookimpl
 from kdkit.api.params import Params
 from kdkit.api.protocols import Metric
 from kdkit.api.specs import MetricSpec
+from kdkit.plugins.metrics.hf_plugin import HF_EVALUATE
 
 __all__ = [
     "CodeExactParams",
@@ -270,6 +271,7 @@ def _compared_with_references() -> Iterator[MetricSpec[Any]]:
         unit="0-100",
         version=2,
     )
+    yield HF_EVALUATE
 
 
 def _of_answers_alone() -> Iterator[MetricSpec[Any]]:

@@ -69,7 +69,7 @@ def _rouge(params: RougeParams, ctx: BuildContext) -> Reward:
     from kdkit.plugins.rewards.rouge import Rouge
 
     spec: Any = params.metric.found.spec
-    if spec.needs != {"completion", "reference"} or not spec.higher_is_better or spec.unit != "0-100":
+    if spec.needs != {"completion", "reference"} or spec.higher_is_better is not True or spec.unit != "0-100":
         raise RecipeError(
             f"metric {params.metric.name!r} does not compare answers with references on a scale of 0 to 100",
             where="reward rouge",

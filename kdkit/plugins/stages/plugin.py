@@ -27,6 +27,7 @@ from kdkit.api.protocols import DatasetLoader, Loss, Metric, Reward, RolloutEngi
 from kdkit.plugins.stages.caching_plugin import CACHE_TEACHER
 from kdkit.plugins.stages.checks import check_distill, check_evaluate, check_generate, check_sft
 from kdkit.plugins.stages.grpo_plugin import GRPO
+from kdkit.plugins.stages.lm_eval_plugin import LM_EVAL
 from kdkit.plugins.stages.minillm_plugin import MINILLM
 from kdkit.plugins.stages.quantizing_plugin import DEQUANTIZE, QUANTIZE
 from kdkit.train.params import TrainParams
@@ -215,6 +216,7 @@ def kdkit_stages() -> Iterator[StageSpec[Any]]:
         check=check_evaluate,
         version=5,
     )
+    yield LM_EVAL
     yield StageSpec(
         name="report",
         summary="One table with intervals, paired differences and the closed gap",

@@ -185,9 +185,12 @@ def _result(key: str, pair: tuple[Component[Metric], Metric], predictions: Seque
     if result.n == 0:
         return _undefined(component, "no answer was scored", result.counts)
     ids = result.ids or tuple(prediction.id for prediction in predictions)
-    if len(result.per_example) != result.n or (result.ids and len(ids) != result.n):
+    whole = not result.per_example and not result.ids
+    if whole:
+        ids = ()
+    elif len(result.per_example) != result.n or (result.ids and len(ids) != result.n):
         raise StageError("per_example, ids and n disagree", where=f"metric {key}")
-    if len(ids) != result.n:
+    elif len(ids) != result.n:
         raise StageError(f"{result.n} of {len(ids)} predictions scored, without their ids", where=f"metric {key}")
     try:
         entry = _entry(component, result) | {"ids": [str(name) for name in ids]}
@@ -202,7 +205,7 @@ def _result(key: str, pair: tuple[Component[Metric], Metric], predictions: Seque
 def _entry(component: Component[Metric], result: MetricResult) -> dict[str, Any]:
     """``result`` as JSON data, with what its metric declares. Raises ``TypeError`` or ``ValueError`` for no numbers."""
     spec: Any = component.found.spec
-    return entry_of(result, higher_is_better=spec.higher_is_better, unit=spec.unit)
+    return entry_of(result, higher_is_better=spec.direction(component.params), unit=spec.unit)
 
 
 def entry_of(result: MetricResult, *, higher_is_better: bool | None, unit: str) -> dict[str, Any]:
@@ -216,10 +219,15 @@ def entry_of(result: MetricResult, *, higher_is_better: bool | None, unit: str) 
         "weights": None if result.weights is None else [_finite(weight) for weight in result.weights],
         "link": result.link,
         "ids": [],
+        **({"ci95": [float(bound) for bound in result.ci95]} if _is_interval(result.ci95) else {}),
         "counts": {str(what): int(number) for what, number in result.counts.items()},
         "higher_is_better": higher_is_better,
         "unit": unit,
     }
+
+
+def _is_interval(ci95: tuple[float, float] | None) -> bool:
+    return ci95 is not None and all(map(math.isfinite, ci95))
 
 
 def _undefined(component: Component[Metric], reason: str, counts: Mapping[str, int] | None = None) -> dict[str, Any]:

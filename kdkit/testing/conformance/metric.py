@@ -45,10 +45,13 @@ class MetricConformance:
     Attributes:
         range: Values of the metric lie in it.
         tolerance: How far two calls on the same answers may differ, relative to the largest of value and 1.
+        corpus: It is a metric of all answers together, such as BLEU, which may have no values per example; its
+            interval, if it has one, is then its own (``ci95``).
     """
 
     range: ClassVar[tuple[float, float]]
     tolerance: ClassVar[float] = 1e-9
+    corpus: ClassVar[bool] = False
 
     def build(self) -> Metric:
         """The metric under test."""
@@ -74,16 +77,31 @@ class MetricConformance:
         low, high = self.range
         assert math.isfinite(result.value), f"{what}: the value is {result.value}"
         assert low <= result.value <= high, f"{what}: the value {result.value} is outside {low} to {high}"
+        assert 0 < result.n <= len(predictions), f"{what}: n is {result.n}, of {len(predictions)} predictions"
+        for reason, number in result.counts.items():
+            assert reason, f"{what}: a count without words"
+            assert number > 0, f"{what}: the count {reason!r} is {number}; only what occurred is listed"
+        if self.corpus and not result.per_example:
+            self._valid_corpus(result, what)
+        else:
+            self._valid_examples(result, predictions, what)
+
+    def _valid_corpus(self, result: MetricResult, what: str) -> None:
+        assert not result.ids, f"{what}: ids, of a metric without values per example"
+        if result.ci95 is not None:
+            low, high = result.ci95
+            assert low <= high, f"{what}: the interval is {low} to {high}"
+            assert self.range[0] <= low, f"{what}: the interval begins at {low}, outside {self.range}"
+            assert high <= self.range[1], f"{what}: the interval ends at {high}, outside {self.range}"
+
+    def _valid_examples(self, result: MetricResult, predictions: Sequence[Prediction], what: str) -> None:
+        assert result.ci95 is None, f"{what}: an interval of its own, where one is made from the examples"
         known = {prediction.id for prediction in predictions}
         ids = result.ids or [prediction.id for prediction in predictions]
         assert result.n == len(result.per_example), f"{what}: n is {result.n}, of {len(result.per_example)} values"
         assert result.n == len(ids), f"{what}: n is {result.n}, of {len(ids)} ids"
-        assert 0 < result.n <= len(predictions), f"{what}: n is {result.n}, of {len(predictions)} predictions"
         assert set(ids) <= known, f"{what}: ids that no prediction has: {sorted(set(ids) - known)}"
         assert all(map(math.isfinite, result.per_example)), f"{what}: a value of an example is not finite"
-        for reason, number in result.counts.items():
-            assert reason, f"{what}: a count without words"
-            assert number > 0, f"{what}: the count {reason!r} is {number}; only what occurred is listed"
 
     def _same(self, got: float, wanted: float, what: str) -> None:
         gap = abs(got - wanted)
@@ -101,7 +119,11 @@ class MetricConformance:
     def test_your_predictions_tell_something(self) -> None:
         predictions = self.predictions()
         assert len(predictions) >= 6, "give six predictions or more"
-        assert len(set(self._score(predictions).per_example)) >= 2, "all of your predictions have the same value"
+        if self.corpus:
+            values = {self._score([prediction]).value for prediction in predictions}
+        else:
+            values = set(self._score(predictions).per_example)
+        assert len(values) >= 2, "all of your predictions have the same value"
 
     def test_a_result_is_whole(self) -> None:
         """Value in range, one finite value per scored prediction, ids that are known, counts that occurred."""
@@ -112,6 +134,8 @@ class MetricConformance:
     def test_the_value_is_the_mean_of_the_examples(self) -> None:
         """Weighted, and through the link: what intervals are resampled from must be what the table shows."""
         result = self._score(self.predictions())
+        if self.corpus and not result.per_example:
+            return
         weights = (1.0,) * result.n if result.weights is None else result.weights
         assert len(weights) == result.n, f"{len(weights)} weights for {result.n} examples"
         assert all(math.isfinite(weight) and weight >= 0 for weight in weights), "a weight is no number of 0 or more"
@@ -138,6 +162,8 @@ class MetricConformance:
             random.Random(seed).shuffle(shuffled)  # noqa: S311 - an order for tests
             got = self._score(shuffled)
             self._same(got.value, first.value, "in another order")
+            if self.corpus:
+                continue
             now, before = self._by_id(got, shuffled), self._by_id(first, predictions)
             assert now.keys() == before.keys(), "in another order, other examples are scored"
             for name, values in before.items():

@@ -187,7 +187,8 @@ class _Desk:
     def __post_init__(self) -> None:
         self.progress: list[tuple[int, int]] = []
         self.metrics: list[tuple[int, Mapping[str, float]]] = []
-        watched = replace(self.spec, run=self._watched)
+        # Extras are looked up in the distribution that declares them.
+        watched = replace(self.spec, run=self._watched, extras=())
 
         def kdkit_stages() -> Iterator[StageSpec[Any]]:
             yield watched
