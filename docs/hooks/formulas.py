@@ -10,6 +10,8 @@ from latex2mathml.converter import convert
 
 _BLOCK = re.compile(r'<div class="arithmatex">\\\[(.*?)\\\]</div>', re.DOTALL)
 _INLINE = re.compile(r'<span class="arithmatex">\\\((.*?)\\\)</span>', re.DOTALL)
+_FUNCTION = re.compile(r"(\\log|\\min|\\max)(?! *(\\left|\\frac|\())")
+"""Functions whose argument stands beside them: browsers leave no space there."""
 _ROLE = re.compile(r":(?:attr|class|data|func|meth|mod):(?=<code)")
 """What docstrings call a cross reference; the name behind it is shown as code."""
 
@@ -23,4 +25,5 @@ def on_page_content(text: str, **_: Any) -> str:
 
 def _mathml(formula: str, display: str) -> str:
     source = " ".join(html.unescape(formula).split())
+    source = _FUNCTION.sub(r"\1\\,", source)
     return str(convert(source, display=display))

@@ -32,6 +32,7 @@ PROJECT: Final = "kdkit"
 ENTRY_POINT_GROUP: Final = "kdkit.plugins"
 hookspec: Final = pluggy.HookspecMarker(PROJECT)
 hookimpl: Final = pluggy.HookimplMarker(PROJECT)
+"""Marks a function of a plugin as an implementation of the hook that has its name."""
 
 COMPONENT_HOOKS: Final[Mapping[str, str]] = {
     "loss": "kdkit_losses",
