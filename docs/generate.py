@@ -115,8 +115,8 @@ def command_line() -> str:
 
 def api() -> str:
     """The page of the Python API: what mkdocstrings reads from the docstrings when the site is built."""
-    sections = [f"## {name}\n\n{text}\n\n::: {name}\n    options: {{show_root_heading: false, show_root_toc_entry: false}}\n"
-                for name, text in API.items()]  # fmt: skip
+    options = "    options: {show_root_heading: false, show_root_toc_entry: false}\n"
+    sections = [f"## {name}\n\n{text}\n\n::: {name}\n{options}" for name, text in API.items()]
     return f"# Python API\n\n{NOTE}\n" + "\n".join(sections)
 
 
