@@ -21,7 +21,8 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"(?ms)^(?P<indent> *)(?P<fence>`{3,})(?P<info>[^`\n]*)\n(?P<text>.*?)^(?P=indent)(?P=fence) *$")
 MARK = re.compile(r"<!-- not run: (.+?) -->\s*\Z")
-INCLUDE = re.compile(r'(?m)^--8<-- "(.+)"$')
+INCLUDE = re.compile(r"(?m)^--8<--\n(.+)\n--8<--$")
+"""The form on three lines: that on one is a Python expression, which formatters take for one."""
 RECIPE_KEYS = {"stages", "vars", "plugins", "requires", "track", "seed"}
 PLACEHOLDERS = {"TEXT": "http://127.0.0.1:8000/v1", "${stages.NAME.scores}": "${stages.before.scores}"}
 """What snippets of the reference leave open, beside files."""
@@ -61,6 +62,7 @@ def blocks(page: Path) -> list[Block]:
         indent = fence["indent"]
         text = re.sub(f"^{indent}", "", fence["text"], flags=re.MULTILINE) if indent else fence["text"]
         text = INCLUDE.sub(lambda name: (ROOT / name[1]).read_text(encoding="utf-8").rstrip(), text)
+        assert not re.search("-- ?8 ?<", text), f"{page.name} includes something in another way"
         line = source.count("\n", 0, fence.start()) + 1
         found.append(Block(page, line, language, title[1] if title else "", text, mark[1] if mark else ""))
     return found

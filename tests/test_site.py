@@ -81,6 +81,12 @@ def test_the_api_reference_has_what_is_public(site):
     assert missing == [], "mkdocstrings leaves out what has no docstring"
 
 
+def test_the_tutorial_shows_the_code_of_the_package(site):
+    text = (site / "tutorial" / "your-loss.html").read_text(encoding="utf-8")
+    for word in ("FocalKLParams", "TestFocalKL", "hatchling", "focal-kl"):
+        assert word in text
+
+
 def test_recipes_that_pages_link_to_are_shown(site):
     text = (site / "repository" / "recipes" / "quickstart.yaml.html").read_text(encoding="utf-8")
     assert "smollm2-135m-instruct" in text

@@ -95,8 +95,13 @@ class HookSpecs:
 
             @hookimpl
             def kdkit_losses():
-                yield LossSpec(name="focal-kl", summary="Forward KL weighted by student error",
-                               params=FocalParams, build=build_focal, needs=frozenset({"logits"}))
+                yield LossSpec(
+                    name="focal-kl",
+                    summary="Forward KL weighted by student error",
+                    params=FocalParams,
+                    build=build_focal,
+                    needs=frozenset({"logits"}),
+                )
         """
         raise AssertionError("hook specification")
 
