@@ -16,13 +16,13 @@ help:
 	@echo "make test-all     everything, with real models (an hour)"
 	@echo "make test-contrib every package of plugins-contrib, from wheels in an environment of its own"
 	@echo "make lint         ruff, mypy --strict, import-linter"
-	@echo "make docs         regenerate docs/recipe.schema.json and docs/reference"
+	@echo "make docs         regenerate docs/recipe.schema.json and docs/reference, build the site into site/"
 
 # torch comes first and from the constraints: whatever else asks for it is then satisfied.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet -c constraints.txt torch
-	$(PIP) install --quiet -c constraints.txt -e ".[test,lint]"
+	$(PIP) install --quiet -c constraints.txt -e ".[test,lint,docs]"
 	@touch $@
 
 install: $(VENV)/.installed
@@ -49,9 +49,11 @@ lint: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Not --quiet: mkdocs then counts no warnings, and --strict lets all of them pass.
 docs: install
 	KDKIT_DISABLE_PLUGINS='*' $(BIN)/kdkit schema --out docs/recipe.schema.json
 	$(BIN)/python docs/generate.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) .kdkit runs
+	rm -rf $(VENV) .kdkit runs site

@@ -41,6 +41,7 @@ PROJECT: Final = "kdkit"
 ENTRY_POINT_GROUP: Final = "kdkit.plugins"
 hookspec: Final = pluggy.HookspecMarker(PROJECT)
 hookimpl: Final = pluggy.HookimplMarker(PROJECT)
+"""Marks a function of a plugin as an implementation of the hook that has its name."""
 
 
 def deprecated(what: str, *, since: str, until: str, instead: str) -> DeprecationWarning:
@@ -122,8 +123,13 @@ class HookSpecs:
 
             @hookimpl
             def kdkit_losses():
-                yield LossSpec(name="focal-kl", summary="Forward KL weighted by student error",
-                               params=FocalParams, build=build_focal, needs=frozenset({"logits"}))
+                yield LossSpec(
+                    name="focal-kl",
+                    summary="Forward KL weighted by student error",
+                    params=FocalParams,
+                    build=build_focal,
+                    needs=frozenset({"logits"}),
+                )
         """
         raise AssertionError("hook specification")
 

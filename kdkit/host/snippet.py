@@ -103,12 +103,17 @@ def _generic_example(origin: type, arguments: tuple[Any, ...], catalog: Catalog,
 
 
 def _component(kind: str, catalog: Catalog, depth: int) -> dict[str, Any]:
-    """The installed component of ``kind`` that asks for least."""
+    """The installed component of ``kind`` that asks for least; of teachers, the one that gives most."""
     entries = [entry for entry in catalog.entries(kind) if not catalog.is_ambiguous(entry)]
     if not entries or depth >= _MAX_DEPTH:
         return {"use": "NAME"}
-    simplest = min(entries, key=lambda entry: sum(f.is_required() for f in entry.spec.params.model_fields.values()))
+    simplest = min(entries, key=_demands)
     return {"use": simplest.name, **_required(simplest.spec.params, catalog, depth + 1)}
+
+
+def _demands(entry: Entry) -> tuple[int, int]:
+    required = sum(field.is_required() for field in entry.spec.params.model_fields.values())
+    return required, -len(getattr(entry.spec, "gives", ()))
 
 
 class _Bounds:
