@@ -184,7 +184,7 @@ def _path(path: str, plugin: NewPlugin) -> str:
     """Where a template goes; ``gitignore`` would take its neighbours out of kdkit's own repository with its dot."""
     if path == "gitignore":
         return ".gitignore"
-    return path.replace("kdkit_acme", plugin.module).replace("acme", plugin.name.replace("-", "_"))
+    return _filled(path, {"kdkit_acme": plugin.module, "acme": plugin.name.replace("-", "_")})
 
 
 def _range(running: str) -> str:

@@ -23,7 +23,7 @@ from kdkit.cli.new_plugin import NewPlugin, new_plugin, rendered
 from kdkit.cli.options import Kind
 
 KINDS = get_args(Kind)
-NAMES = ["x", "acme", "a-1-b2", "class", "none", "kdkit", "test-it", "params", "about", "y" * 30]
+NAMES = ["x", "acme", "acme-acme", "a-1-b2", "class", "none", "kdkit", "test-it", "params", "about", "y" * 30]
 TEMPLATES = Path(command.__file__).parents[1] / "templates"
 
 
@@ -87,11 +87,12 @@ def test_names_are_put_in_everywhere_and_nothing_else_is(name, kind):
     module = f"kdkit_{name.replace('-', '_')}"
     code = {path for path in files if path.endswith(".py")}
     assert {f"src/{module}/__init__.py", f"src/{module}/plugin.py", f"src/{module}/{kind}.py"} < code
+    assert {path.rpartition("/")[0] for path in code} == {f"src/{module}", "tests"}
     assert {"pyproject.toml", "README.md", ".gitignore", "recipe.yaml", f"src/{module}/py.typed"} < set(files)
     for path in code:
         ast.parse(files[path], path)
     left = "\n".join([*files, *files.values()])
-    for mark in ("COMPONENT_KIND", "KDKIT_RANGE", "ABOUT", *([] if name == "acme" else ["acme", "Acme"])):
+    for mark in ("COMPONENT_KIND", "KDKIT_RANGE", "ABOUT", *([] if "acme" in name else ["acme", "Acme"])):
         assert mark not in left, mark
     assert yaml.safe_load(files["recipe.yaml"])["requires"] == [f"kdkit-{name}"]
     for line in files.get("rows.jsonl", "").splitlines():
