@@ -33,15 +33,16 @@ def resolved_data(recipe: Recipe) -> dict[str, Any]:
     texts: set[str] = set()
     for stage in recipe.stages.values():
         texts.update(_references(stage.params))
-    paths = {path for stage in recipe.stages.values() for path in _paths(stage.params) if not path.is_absolute()}
+    paths = {found for stage in recipe.stages.values() for found in _paths(stage.params) if not found[1].is_absolute()}
 
     def absolute(value: Any, key: str | None = None) -> Any:
         if isinstance(value, Mapping):
             return {name: absolute(item, name) for name, item in value.items()}
         if isinstance(value, list):
             return [absolute(item, key) for item in value]
-        # Only text that some typed slot took for a path is one.
-        if isinstance(value, str) and key not in _NAMES and (value in texts or Path(value) in paths):
+        # Only text that some typed slot took for a path is one, and of parameters only under the key of such a slot:
+        # a name beside it may be the same text.
+        if isinstance(value, str) and key not in _NAMES and (value in texts or (key, Path(value)) in paths):
             return str((recipe.base_dir / Path(value).expanduser()).absolute())
         return value
 
@@ -58,20 +59,21 @@ def _references(params: BaseModel) -> Iterator[str]:
             yield slot.source
 
 
-def _paths(value: Any) -> Iterator[Path]:
+def _paths(value: Any, key: str | None = None) -> Iterator[tuple[str | None, Path]]:
+    """Every path among parameters, with the key that a recipe has it under."""
     if isinstance(value, Path):
-        yield value
+        yield key, value
     elif isinstance(value, Component):
         yield from _paths(value.params)
     elif isinstance(value, BaseModel):
-        for _, item in iter_fields(value):
-            yield from _paths(item)
+        for name, item in iter_fields(value):
+            yield from _paths(item, type(value).model_fields[name].alias or name)
     elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _paths(item)
+        for name, item in value.items():
+            yield from _paths(item, str(name))
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _paths(item)
+            yield from _paths(item, key)
 
 
 class _Dumper(yaml.SafeDumper):

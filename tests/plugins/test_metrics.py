@@ -14,7 +14,11 @@ from kdkit.plugins.metrics.exact import normalized
 
 def test_what_each_metric_declares():
     assert all(isinstance(spec, MetricSpec) for spec in SPECS.values())
-    assert {name: (spec.higher_is_better, set(spec.needs), spec.unit) for name, spec in SPECS.items()} == {
+    assert {
+        name: (spec.higher_is_better, set(spec.needs), spec.unit)
+        for name, spec in SPECS.items()
+        if not callable(spec.higher_is_better)
+    } == {
         "rouge-l": (True, {"completion", "reference"}, "0-100"),
         "chrf": (True, {"completion", "reference"}, "0-100"),
         "exact-match": (True, {"completion", "reference"}, "0-100"),
@@ -28,7 +32,17 @@ def test_what_each_metric_declares():
         "student-kl": (False, {"completion", "student-kl"}, "nats/token"),
         "exposure-bias": (False, {"completion", "exposure"}, "%"),
     }
-    assert {name: spec.extras for name, spec in SPECS.items() if spec.extras} == {"chrf": ("chrf",)}
+    assert {name: spec.extras for name, spec in SPECS.items() if spec.extras} == {
+        "chrf": ("chrf",),
+        "hf-evaluate": ("evaluate",),
+    }
+    hf = SPECS["hf-evaluate"]
+    assert [hf.direction(hf.params(name="wer", higher_is_better=way)) for way in (True, False, None)] == [
+        True,
+        False,
+        None,
+    ]
+    assert SPECS["length"].direction(SPECS["length"].params()) is None
 
 
 @pytest.mark.parametrize(

@@ -289,6 +289,14 @@ def test_python_beside_a_task_file_runs_when_the_recipe_allows_it(tmp_path, mode
 
 
 @needs_harness
+def test_a_task_that_lacks_a_package(tmp_path, models):
+    with_task(tmp_path, "doc_to_text: !function mine.text", code="import no_such_package_here")
+    error = failed(tmp_path, models, tasks=["kdkit_mine"], allow_code=True)
+    assert error.exit_code == 4
+    assert "task kdkit_mine: it lacks a package: No module named 'no_such_package_here'" in str(error)
+
+
+@needs_harness
 @pytest.mark.parametrize(
     ("text", "message"),
     [

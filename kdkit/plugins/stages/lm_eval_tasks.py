@@ -162,6 +162,9 @@ def _loaded(manager: Any, task: str) -> dict[str, Any]:
     except ConnectionError as error:
         hint = "run it once with network; data that was fetched before is used offline"
         raise EnvironmentUnmet(f"its data cannot be fetched: {_line(error)}", where=where, hint=hint) from error
+    except ImportError as error:
+        hint = "install what it names; the harness has extras for its tasks"
+        raise EnvironmentUnmet(f"it lacks a package: {_line(error)}", where=where, hint=hint) from error
     except SecurityError:
         raise
     except (
