@@ -34,6 +34,7 @@ from kdkit.api.errors import (
     Problem,
     RecipeError,
     StageError,
+    Stopped,
 )
 from kdkit.api.hidden import HiddenSignals, HiddenTeacher
 from kdkit.api.hookspecs import RunFinished, StageFinished, StageStarted, hookimpl
@@ -160,6 +161,7 @@ __all__ = [
     "StageFinished",
     "StageSpec",
     "StageStarted",
+    "Stopped",
     "Teacher",
     "TeacherSignals",
     "TeacherSpec",

@@ -1,0 +1,1 @@
+"""A quantizer for kdkit: activation-aware scales before rounding (AWQ), folded into the layers before."""

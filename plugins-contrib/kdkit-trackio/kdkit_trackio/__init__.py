@@ -1,0 +1,1 @@
+"""A tracker for kdkit: metrics of every run in a local trackio database."""
