@@ -24,7 +24,11 @@ MARK = re.compile(r"<!-- not run: (.+?) -->\s*\Z")
 INCLUDE = re.compile(r"(?m)^--8<--\n(.+)\n--8<--$")
 """The form on three lines: that on one is a Python expression, which formatters take for one."""
 RECIPE_KEYS = {"stages", "vars", "plugins", "requires", "track", "seed"}
-PLACEHOLDERS = {"TEXT": "http://127.0.0.1:8000/v1", "${stages.NAME.scores}": "${stages.before.scores}"}
+PLACEHOLDERS = {
+    "name: TEXT": "name: rouge",
+    "TEXT": "http://127.0.0.1:8000/v1",
+    "${stages.NAME.scores}": "${stages.before.scores}",
+}
 """What snippets of the reference leave open, beside files."""
 BEFORE = {
     "kind": "evaluate",
