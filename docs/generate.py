@@ -36,10 +36,15 @@ def cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
+def constraint(text: str) -> str:
+    """A constraint for a table cell; the brackets of a pattern are no link."""
+    return re.sub(r"matches (\S+)", r"matches `\1`", cell(text))
+
+
 def component(entry: Entry, catalog: Catalog) -> str:
     """The section of one component."""
     rows = "".join(
-        f"| `{p.name}` | {cell(p.type)} | `{cell(p.default)}` | {cell(p.constraint)} | {cell(p.doc)} |\n"
+        f"| `{p.name}` | {cell(p.type)} | `{cell(p.default)}` | {constraint(p.constraint)} | {cell(p.doc)} |\n"
         for p in describe_params(entry.spec.params)
     )
     table = f"| parameter | type | default | constraint | |\n|---|---|---|---|---|\n{rows}\n" if rows else ""
