@@ -8,21 +8,23 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any, Final
 
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
+from pydantic import ConfigDict, TypeAdapter
 
 from kdkit.api.data import Example
 from kdkit.api.errors import EnvironmentUnmet, KdkitError, PluginError
 from kdkit.api.slots import LOOKUP
 from kdkit.host.catalog import Catalog
 from kdkit.host.compat import check_extras, installed_version
-from kdkit.host.describe import describe_params, field_key
+from kdkit.host.describe import describe_params
 from kdkit.host.records import BUILT_IN, Entry
 from kdkit.host.runtime import plugin_errors
 from kdkit.host.snippet import yaml_snippet
@@ -40,6 +42,7 @@ _METHODS: Final = {
 }
 """What a component of the kinds that are built from parameters alone must be able to do."""
 _SAMPLE: Final = 8
+_STRICT: Final = ConfigDict(strict=True, arbitrary_types_allowed=True)
 _LOAD: Final = """
 import json, sys, time
 import kdkit.api
@@ -189,21 +192,19 @@ class _Component:
 
     def _defaults(self) -> tuple[CheckResult, Any]:
         """The check, and the parameters when there are defaults for all."""
-        what, model = "accepts its defaults", self._entry.spec.params
+        what, model, context = "accepts its defaults", self._entry.spec.params, {LOOKUP: self._catalog}
         required = [name for name, field in model.model_fields.items() if field.is_required()]
         if required:
             return self._result(what, f"needs {', '.join(required)}"), None
-        # pydantic validates no defaults: one of another type would be found in the middle of a run.
-        written = {field_key(name, field): field.default for name, field in model.model_fields.items()}
-        scalars = {name: value for name, value in written.items() if isinstance(value, bool | int | float | str)}
-        for data in (scalars, {}):
-            tried, params = self._tried(what, lambda data=data: self._valid(data))
-            if not tried.ok:
-                break
+        tried, params = self._tried(what, partial(self._found.spec.params.model_validate_json, "{}", context=context))
+        for name, field in model.model_fields.items():
+            # pydantic validates no defaults: one of another type would be found in the middle of a run.
+            if tried.ok and isinstance(field.default, bool | int | float | str):
+                adapter = TypeAdapter(field.rebuild_annotation(), config=_STRICT)
+                tried, _ = self._tried(what, partial(adapter.validate_json, json.dumps(field.default), context=context))
+                if not tried.ok:
+                    tried = self._result(what, f"{name} is {field.default!r}: {tried.detail}", ok=False)
         return tried, params
-
-    def _valid(self, data: Mapping[str, Any]) -> Any:
-        return self._entry.spec.params.model_validate_json(json.dumps(data), context={LOOKUP: self._catalog})
 
     def _sample(self, loader: Any) -> CheckResult:
         what = f"ships a sample of {_SAMPLE} rows or more"
