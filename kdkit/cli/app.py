@@ -304,6 +304,18 @@ def plugins_show(
     raise typer.Exit(show_plugin(kind, name, as_json))
 
 
+@plugins_app.command("check")
+def plugins_check(
+    dist: Annotated[str, typer.Argument(metavar="DIST", help="An installed distribution, such as kdkit-acme.")],
+    *,
+    as_json: Json = False,
+) -> None:
+    """Check an installed plugin: imports, declarations, builders, samples. Exit code 3 when a check fails."""
+    from kdkit.cli.plugins_check import check_plugin
+
+    raise typer.Exit(check_plugin(dist, as_json=as_json))
+
+
 @models_app.command("pull")
 def models_pull(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A name that kdkit knows; see kdkit doctor.")],

@@ -8,9 +8,12 @@ import sys
 import textwrap
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    import pytest
 
 __all__ = ["ThrowAwaySite"]
 
@@ -37,20 +40,18 @@ class _Distribution:
             (info / "entry_points.txt").write_text(f"[{_GROUP}]\n{listed}", encoding="utf-8")
 
 
-@dataclass
 class ThrowAwaySite:
-    """Directories put first on the import path of this process and of those it starts; ``close`` takes them back.
-
-    Modules that are loaded from them meanwhile are forgotten with them.
+    """Puts directories first on the import path of this process and of those it starts, until the patch is undone.
 
     Args:
         new_directory: Makes an empty directory.
+        patch: Changes ``sys.path`` and ``PYTHONPATH``.
     """
 
-    new_directory: Callable[[], Path]
-    _paths: dict[str, list[Path]] = field(default_factory=dict)
-    _loaded: frozenset[str] = field(default_factory=lambda: frozenset(sys.modules))
-    _before: str | None = field(default_factory=lambda: os.environ.get("PYTHONPATH"))
+    def __init__(self, new_directory: Callable[[], Path], patch: pytest.MonkeyPatch) -> None:
+        self._new_directory, self._patch = new_directory, patch
+        self._paths: dict[str, list[str]] = {}
+        self._loaded = frozenset(sys.modules)
 
     def install(
         self,
@@ -63,11 +64,10 @@ class ThrowAwaySite:
         extras: Sequence[str] = (),
     ) -> Path:
         """See ``install_plugin`` of :mod:`kdkit.testing.plugin`; returns the directory that is on the path now."""
-        root = self.new_directory()
+        root = self._new_directory()
         if isinstance(source, Path) and source.is_dir():
             distribution, code = _project(source)
-            self._remove(distribution.name)
-            self._add(distribution.name, [root, code])
+            self._put(distribution.name, [root, code])
         else:
             modules = _modules(source, name)
             points = {module: module for module in modules} if entry_points is None else entry_points
@@ -78,39 +78,31 @@ class ThrowAwaySite:
                 file = root / (module.replace(".", "/") + ".py")
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_text(textwrap.dedent(text), encoding="utf-8")
-            self._remove(name)
-            self._add(name, [root])
+            self._put(name, [root])
         distribution.write_to(root)
         importlib.invalidate_caches()
         return root
 
     def close(self) -> None:
-        """Uninstall everything and forget its modules."""
-        for name in list(self._paths):
-            self._remove(name)
+        """Forget the modules that were loaded from the directories; undoing the patch takes them off the path."""
+        for paths in self._paths.values():
+            self._forget(paths)
 
-    def _add(self, name: str, paths: list[Path]) -> None:
-        self._paths[name] = paths
-        sys.path[:0] = [str(path) for path in paths]
-        self._set_environment()
+    def _put(self, name: str, paths: Sequence[Path]) -> None:
+        """Directories of a distribution on the path, in place of those it had."""
+        old = self._paths.get(name, [])
+        self._forget(old)
+        new = self._paths[name] = [str(path) for path in paths]
+        self._patch.setattr(sys, "path", [*new, *(path for path in sys.path if path not in old)])
+        # Worker processes find the plugins as this process does.
+        inherited = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and path not in old]
+        self._patch.setenv("PYTHONPATH", os.pathsep.join([*new, *inherited]))
 
-    def _remove(self, name: str) -> None:
-        for path in self._paths.pop(name, ()):
-            sys.path.remove(str(path))
-            for module in set(sys.modules) - self._loaded:
-                if Path(getattr(sys.modules[module], "__file__", None) or "/").is_relative_to(path):
-                    del sys.modules[module]
-        self._set_environment()
-
-    def _set_environment(self) -> None:
-        """Worker processes find the plugins as this process does."""
-        ours = [str(path) for paths in reversed(self._paths.values()) for path in paths]
-        if ours:
-            os.environ["PYTHONPATH"] = os.pathsep.join([*ours, *([self._before] if self._before else [])])
-        elif self._before is None:
-            os.environ.pop("PYTHONPATH", None)
-        else:
-            os.environ["PYTHONPATH"] = self._before
+    def _forget(self, paths: Sequence[str]) -> None:
+        for module in set(sys.modules) - self._loaded:
+            file = Path(getattr(sys.modules[module], "__file__", None) or "/")
+            if any(file.is_relative_to(path) for path in paths):
+                del sys.modules[module]
 
 
 def _modules(source: str | Path | Mapping[str, str], name: str) -> Mapping[str, str]:

@@ -59,7 +59,9 @@ def catalog() -> Catalog:
 
 
 @pytest.fixture
-def install_plugin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[InstallPlugin]:
+def install_plugin(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[InstallPlugin]:
     """Makes a plugin visible for one test, as if it were installed, and returns the catalogue that sees it.
 
     ``install_plugin(source, name="acme", version="1.0", entry_points=None, requires=(), extras=())``, where ``source``
@@ -70,7 +72,7 @@ def install_plugin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Install
     """
     from kdkit.testing.install import ThrowAwaySite
 
-    site = ThrowAwaySite(lambda: tmp_path_factory.mktemp("installed"))
+    site = ThrowAwaySite(lambda: tmp_path_factory.mktemp("installed"), monkeypatch)
 
     def install(source: str | Path | Mapping[str, str], name: str = "acme", **metadata: Any) -> Catalog:
         from kdkit.host import Catalog

@@ -1,14 +1,13 @@
 from __future__ import annotations
 
-import importlib
-import sys
-import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from kdkit.host import BrokenPlugin, Catalog
+from kdkit.testing.install import ThrowAwaySite
 
 Install = Callable[..., Path]
 
@@ -40,45 +39,21 @@ def loss_module() -> Callable[..., str]:
 
 @pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
-    """Puts a throw-away distribution first on the import path."""
+    """Puts a throw-away distribution first on the import path, even if one of its name is there already."""
+    sites: list[ThrowAwaySite] = []
 
-    def install(
-        name: str,
-        modules: Mapping[str, str],
-        *,
-        version: str = "1.0",
-        entry_points: Mapping[str, str] | None = None,
-        requires: Sequence[str] = (),
-        extras: Sequence[str] = (),
-        folder: str | None = None,
-    ) -> Path:
-        root = tmp_path / (folder or name)
-        info = root / f"{name.replace('-', '_')}-{version}.dist-info"
-        info.mkdir(parents=True)
-        lines = ["Metadata-Version: 2.3", f"Name: {name}", f"Version: {version}"]
-        lines += [f"Requires-Dist: {text}" for text in requires] + [f"Provides-Extra: {text}" for text in extras]
-        (info / "METADATA").write_text("\n".join(lines) + "\n")
-        points = entry_points if entry_points is not None else {module: module for module in modules}
-        if points:
-            listed = "".join(f"{key} = {value}\n" for key, value in points.items())
-            (info / "entry_points.txt").write_text(f"[kdkit.plugins]\n{listed}")
-        for module, source in modules.items():
-            path = root / (module.replace(".", "/") + ".py")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(textwrap.dedent(source))
-        monkeypatch.setattr(sys, "path", [str(root), *sys.path])
-        importlib.invalidate_caches()
-        return root
+    def install(name: str, modules: Mapping[str, str], *, folder: str | None = None, **metadata: Any) -> Path:
+        sites.append(ThrowAwaySite(lambda: tmp_path / (folder or name), monkeypatch))
+        return sites[-1].install(modules, name, **metadata)
 
     yield install
-    for name, module in list(sys.modules.items()):
-        if str(getattr(module, "__file__", None)).startswith(str(tmp_path)):
-            del sys.modules[name]
+    for site in sites:
+        site.close()
 
 
 @pytest.fixture
 def catalog() -> Callable[[], Catalog]:
-    """The catalogue without the built-ins, so that tests see their own plugins only."""
+    """Instead of kdkit's own fixture: the catalogue without the built-ins, so that tests see their plugins only."""
     return lambda: Catalog.discover(disable=["kdkit"], strict=False)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Literal
 
@@ -58,7 +59,11 @@ def main(provider: str, language: Literal["python", "cpp"]) -> list[str]:
         finally:
             session.close()
         problems += world.harm()
-    problems += [f"process left: {line}" for line in leftovers() - before]
+    # What was killed takes a moment to be gone, on a busy machine a long one.
+    deadline = time.monotonic() + 10
+    while (left := leftovers() - before) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    problems += [f"process left: {line}" for line in left]
     return problems
 
 

@@ -60,6 +60,17 @@ def test_it_loads_pytest_and_the_standard_library_only():
     assert done.stdout.strip() == "['kdkit'] ['kdkit', 'kdkit.testing', 'kdkit.testing.plugin']"
 
 
+def test_suites_are_loaded_when_they_are_named():
+    code = (
+        "import sys; from kdkit.testing import conformance;"
+        "from kdkit.testing.conformance import DatasetConformance, MetricConformance, RewardConformance;"
+        "from kdkit.testing.conformance import SandboxConformance, TrackerConformance;"
+        "print('torch' in sys.modules, sorted(conformance.__all__) == dir(conformance))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False True"
+
+
 def test_catalog_is_what_is_installed(catalog):
     assert isinstance(catalog, Catalog)
     assert "kdkit/forward-kl" in {entry.qualified_name for entry in catalog.entries("loss")}

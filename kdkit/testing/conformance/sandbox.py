@@ -14,7 +14,7 @@ from __future__ import annotations
 import ctypes
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -199,7 +199,7 @@ class SandboxConformance:
             detach = "import os, time\nif os.fork() == 0:\n os.setsid()\n time.sleep(600)"
             session.run([SandboxJob(program=program) for program in (detach, "print(1)")])
             session.close()
-            left = [*_wait_for_none(children), *self.left()]
+            left = _wait_for_none(lambda: [*_running(children), *self.left()])
         assert not left, f"still running: {', '.join(left)}"
 
     def test_a_closed_session_runs_nothing(self) -> None:
@@ -226,14 +226,16 @@ def _adopting() -> Iterator[set[int]]:
         libc.prctl(_SUBREAPER, 0, 0, 0, 0)
 
 
-def _wait_for_none(before: set[int]) -> list[str]:
-    """Names of new children that are still running after some patience."""
+def _wait_for_none(found: Callable[[], list[str]]) -> list[str]:
+    """What is still found after some patience: what was killed takes a moment to be gone."""
     deadline = time.monotonic() + _PATIENCE
-    while (left := {pid: name for pid, name in _children().items() if pid not in before}) and (
-        time.monotonic() < deadline
-    ):
+    while (left := found()) and time.monotonic() < deadline:
         time.sleep(0.05)
-    return [f"{name} ({pid})" for pid, name in left.items()]
+    return left
+
+
+def _running(before: set[int]) -> list[str]:
+    return [f"{name} ({pid})" for pid, name in _children().items() if pid not in before]
 
 
 def _children() -> dict[int, str]:

@@ -1,0 +1,176 @@
+"""``kdkit plugins check DIST``."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from kdkit.api import PluginError
+from kdkit.cli.plugins_check import check_plugin
+from kdkit.host import Catalog
+from kdkit.host.check import check_distribution
+
+GOOD = '''
+from kdkit.api import DatasetSpec, Example, MetricResult, MetricSpec, Params, Rows, TrackerSpec, hookimpl
+
+class P(Params):
+    """Nothing much."""
+
+    rows: int = 8
+    """How many."""
+
+class Needs(Params):
+    """One thing."""
+
+    path: str
+    """Where."""
+
+class Loader:
+    def __init__(self, params):
+        self.count = params.rows
+
+    def load(self, ctx):
+        return self.sample()
+
+    def sample(self):
+        return Rows(examples=[Example(id=str(n), prompt="p", completion="c") for n in range(self.count)])
+
+class Metric:
+    def score(self, predictions):
+        return MetricResult(value=0.0, per_example=(), n=0)
+
+def build_metric(params):
+    return Metric()
+
+def build_tracker(params, run):
+    raise AssertionError("a check opens no tracker")
+
+@hookimpl
+def kdkit_datasets():
+    yield DatasetSpec(name="few", summary="A few rows", params=P, build=Loader)
+
+@hookimpl
+def kdkit_metrics():
+    yield MetricSpec(name="none", summary="Nothing", params=Needs, build=build_metric, higher_is_better=None)
+
+@hookimpl
+def kdkit_trackers():
+    yield TrackerSpec(name="away", summary="A server", params=P, build=build_tracker)
+'''
+NEEDS_KDKIT = ["kdkit>=0.1,<1"]
+
+
+def failures(dist: str = "acme") -> list[tuple[str, str, str]]:
+    results = check_distribution(Catalog.discover(strict=False), dist)
+    return [(result.subject, result.what, result.detail) for result in results if not result.ok]
+
+
+def test_a_good_distribution_passes(install, capsys):
+    install("acme", {"acme_mod": GOOD}, requires=NEEDS_KDKIT)
+    assert check_plugin("Acme", as_json=False) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines] == ["ok"] * 4
+    assert "ships a sample of 8 rows or more" in next(line for line in lines if "dataset few" in line)
+    assert last == "Acme: 20 checks passed"
+    assert check_plugin("acme", as_json=True) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["ok"]
+    told = {(one["subject"], one["what"]): one["detail"] for one in data["checks"]}
+    assert told["acme", "loads"] == "3 components"
+    assert told["metric none", "accepts its defaults"] == "needs path"
+    assert told["dataset few", "builds with its defaults"] == "Loader"
+
+
+@pytest.mark.parametrize(
+    ("change", "subject", "what", "detail"),
+    [
+        (('"""How many."""', ""), "dataset few", "documents its parameters", "no text for rows"),
+        (("rows: int = 8", 'rows: int = "8"'), "dataset few", "accepts its defaults", "valid integer"),
+        (("range(self.count)", "range(7)"), "dataset few", "ships a sample of 8 rows or more", "7 rows"),
+        (("id=str(n)", 'id="x"'), "dataset few", "ships a sample of 8 rows or more", "two rows have the same id"),
+        (('Example(id=str(n), prompt="p", completion="c")', "n"), "dataset few", "ships a sample of 8 rows or more",
+         "a row is a int, not an Example"),
+        (("def sample", "def simple"), "dataset few", "builds with its defaults", "what it builds has no sample"),
+        (("self.count = params.rows", "1 / 0"), "dataset few", "builds with its defaults", "ZeroDivisionError"),
+        (("build=Loader", "build=Loader, extras=('fast',)"), "dataset few", "declares its extras", "declares no extra"),
+        (("from kdkit.api", "import accelerate\nfrom kdkit.api"), "acme", "imports nothing heavy",
+         "acme_mod loads accelerate; import it inside the function that needs it"),
+        (("build=build_metric", "build=eval('lambda params: Metric()')"), "metric none", "says where its code is",
+         "<string>:1 is no file; give a function"),
+        (("from kdkit.api", "import no_such_module\nfrom kdkit.api"), "acme", "loads", "acme_mod: ModuleNotFoundError"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_named(install, change, subject, what, detail):
+    install("acme", {"acme_mod": GOOD.replace(*change)}, requires=NEEDS_KDKIT)
+    found = failures()
+    assert (subject, what) in {one[:2] for one in found}, found
+    assert any(detail in one[2] for one in found if one[:2] == (subject, what)), found
+
+
+@pytest.mark.parametrize(
+    ("requires", "detail"),
+    [
+        ([], "it does not name kdkit"),
+        (["kdkit"], "it takes any kdkit"),
+        (["kdkit>=0.1; extra == 'test'"], "it does not name kdkit"),
+        (["kdkit-other>=1"], "it does not name kdkit"),
+    ],
+)
+def test_a_distribution_says_which_kdkit_it_needs(install, requires, detail):
+    install("acme", {"acme_mod": GOOD}, requires=requires)
+    ((subject, what, found),) = failures()
+    assert (subject, what) == ("acme", "says which kdkit it needs")
+    assert found.startswith(detail)
+
+
+def test_an_extra_that_is_not_installed_is_no_fault(install):
+    text = GOOD.replace("build=Loader", "build=Loader, extras=('fast',)")
+    install("acme", {"acme_mod": text}, requires=[*NEEDS_KDKIT, "no-such-thing; extra == 'fast'"], extras=["fast"])
+    assert failures() == []
+    results = check_distribution(Catalog.discover(strict=False), "acme")
+    of_few = {one.what: one.detail for one in results if one.subject == "dataset few"}
+    assert "not installed here: dataset 'few' needs the extra 'fast'" in of_few["declares its extras"]
+    assert "builds with its defaults" not in of_few
+
+
+def test_a_failure_has_exit_code_3_and_stands_last(install, capsys):
+    install("acme", {"acme_mod": GOOD.replace("range(self.count)", "range(3)")}, requires=NEEDS_KDKIT)
+    assert check_plugin("acme", as_json=False) == 3
+    *_, failed, last = capsys.readouterr().out.splitlines()
+    assert failed.startswith("FAILED  dataset few")
+    assert failed.endswith("ships a sample of 8 rows or more: 3 rows")
+    assert last == "acme: 1 of 20 checks failed"
+
+
+@pytest.mark.parametrize(
+    ("dist", "message"),
+    [("nobody-has-this", "is not installed; install it with: pip install"), ("pluggy", "provides no plugin of kdkit")],
+)
+def test_what_cannot_be_checked_is_one_line(dist, message):
+    with pytest.raises(PluginError, match=message):
+        check_distribution(Catalog.discover(strict=False), dist)
+
+
+def test_a_disabled_distribution_is_not_checked(install):
+    install("acme", {"acme_mod": GOOD})
+    with pytest.raises(PluginError, match="acme is disabled"):
+        check_distribution(Catalog.discover(disable=["acme"], strict=False), "acme")
+
+
+def test_the_built_ins_pass():
+    assert failures("kdkit") == []
+
+
+def test_an_object_with_hooks_is_a_plugin_for_tests(catalog):
+    from types import SimpleNamespace
+
+    from kdkit.api import LossSpec, Params, hookimpl
+
+    def kdkit_losses():
+        return [LossSpec(name="mine", summary="A loss", params=Params, build=lambda params: None)]
+
+    found = catalog().with_plugin(SimpleNamespace(kdkit_losses=hookimpl(kdkit_losses)), "Test_Only")
+    assert found.find("loss", "test-only/mine").qualified_name == "test-only/mine"
+    with pytest.raises(PluginError, match="implements no hook"):
+        catalog().with_plugin(SimpleNamespace(), "test-only")
