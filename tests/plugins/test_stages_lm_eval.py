@@ -13,8 +13,6 @@ import pytest
 
 import kdkit
 from kdkit.host import compat
-from kdkit.plugins.stages.lm_eval_plugin import LM_EVAL
-from kdkit.testing.conformance import StageConformance
 from kdkit.testing.tiny import save_tiny_model
 
 TASKS = Path(__file__).with_name("lm_eval_tasks")
@@ -179,22 +177,6 @@ def test_the_numbers_are_those_of_the_harness(done, models, monkeypatch):
         found["kdkit_read"]["word_perplexity,none"], rel=1e-4
     )
     assert found["kdkit_pick"]["sample_len"] == ours["pick"]["acc"]["n"]
-
-
-@needs_harness
-class TestLmEval(StageConformance):
-    spec = LM_EVAL
-    wrong = ({"tasks": []}, {"include_path": "org/tasks"}, {"limit": 0})
-
-    def params(self, model, rows):
-        shutil.copytree(TASKS, model.parent / "tasks")
-        return {
-            "models": {"tiny": str(model)},
-            "tasks": ["kdkit_pick"],
-            "include_path": str(model.parent / "tasks"),
-            "limit": 2,
-            "precision": "fp32",
-        }
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

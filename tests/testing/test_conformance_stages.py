@@ -162,6 +162,24 @@ class TestDequantize(StageConformance):
         return {"model": str(work / "out" / "model")}
 
 
+class TestLmEval(StageConformance):
+    spec = SPECS["lm-eval"]
+    wrong = ({"tasks": []}, {"include_path": "org/tasks"}, {"limit": 0})
+
+    @pytest.fixture(autouse=True)
+    def _installed(self, tmp_path_factory, monkeypatch):
+        pytest.importorskip("lm_eval")
+        import datasets.config
+
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
+
+    def params(self, model, rows):
+        tasks = model.parent / "tasks"
+        shutil.copytree(Path(__file__).parents[1] / "plugins" / "lm_eval_tasks", tasks)
+        models, few = {"tiny": str(model)}, {"limit": 2, "precision": "fp32"}
+        return {"models": models, "tasks": ["kdkit_pick"], "include_path": str(tasks), **few}
+
+
 def test_every_built_in_stage_is_here():
     suites = {suite for one in StageConformance.__subclasses__() for suite in (one, *one.__subclasses__())}
     assert {suite.spec.name for suite in suites if suite.__name__.startswith("Test")} == set(SPECS)
