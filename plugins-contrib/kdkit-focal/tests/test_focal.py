@@ -32,8 +32,8 @@ class TestFocalKL(TokenLossConformance):
         return (1 - (-kl).exp()) ** self.gamma * kl
 
 
-class TestFocalKLWithALinearWeight(TestFocalKL):
-    gamma = 1.0
+class TestFocalKLWithARoot(TestFocalKL):
+    gamma = 1.5
 
 
 def test_a_weight_that_has_no_gradient_at_equality_is_refused() -> None:

@@ -136,6 +136,12 @@ def test_solutions_and_messages_may_call_the_function(reward: Reward) -> None:
     assert [score.reason for score in reward([rollout(example, block(MIDDLE)), wrong])] == ["passed", "wrong"]
 
 
+def test_tests_that_draw_numbers_draw_the_same_again(reward: Reward) -> None:
+    test = "import random\nrandom.seed()\ndef check(candidate):\n    assert candidate(x := random.random()) == x"
+    example = changed("middle", solved="def middle(x): return x", test=test)
+    assert reward([rollout(example, block("def middle(x):\n    return x"))])[0].reason == "passed"
+
+
 def changed(name: str, **facts: Any) -> Example:
     example = sample()[name]
     return replace(example, extra={"humaneval": {**example.extra["humaneval"], **facts}})
