@@ -179,6 +179,17 @@ class OfTheLastOnly(Right):
         return replace(super().result(values, ids), value=values[-1], per_example=(values[-1],) * len(values))
 
 
+class ANumber(Right):
+    def score(self, predictions):
+        return 0.5
+
+
+class LeavesOutTheFirst(Right):
+    def score(self, predictions):
+        found = super().score(predictions[1:])
+        return replace(found, value=50.0)
+
+
 class Drawn(Right):
     def score(self, predictions):
         return super().score(random.choices(predictions, k=len(predictions)))
@@ -258,7 +269,15 @@ WRONG = [
     (with_result(lambda r: {"link": "exp"}), MEAN_OF, "the mean of the examples"),
     (with_result(lambda r: {"value": 300.0}), WHOLE, "outside 0.0 to 100.0"),
     (with_result(lambda r: {"value": float("nan")}), WHOLE, "the value is nan"),
-    (with_result(lambda r: {"n": r.n + 1}), WHOLE, "n is"),
+    (ANumber, WHOLE, "float is no MetricResult"),
+    (with_result(lambda r: {"n": r.n + 1}), WHOLE, r"n is \d, of \d values"),
+    (with_result(lambda r: {"ids": r.ids[:-1] or ("row-0",) * 2}), WHOLE, r"n is \d, of \d ids"),
+    (
+        with_result(lambda r: {"n": 2 * r.n, "ids": 2 * r.ids, "per_example": 2 * r.per_example}),
+        WHOLE,
+        r"n is \d+, of \d predictions",
+    ),
+    (with_result(lambda r: {"counts": {"": 1}}), WHOLE, "a count without words"),
     (with_result(lambda r: {"ids": ("unknown",) * r.n}), WHOLE, "ids that no prediction has"),
     (with_result(lambda r: {"per_example": (float("inf"),) * r.n}), WHOLE, "not finite"),
     (with_result(lambda r: {"counts": {"left out": 0}}), WHOLE, "only what occurred"),
@@ -266,6 +285,7 @@ WRONG = [
     (Remembers, TWICE, "a second call"),
     (OfTheLastOnly, ORDER, "in another order"),
     (ComparesWithTheFirst, ORDER, "in another order"),
+    (LeavesOutTheFirst, ORDER, "other examples are scored"),
     (WithoutDuplicates, DOUBLE, "n is|every row twice"),
     (Sum, DOUBLE, "every row twice: the value is"),
     (WritesNotes, STAY, "a prediction was changed"),
@@ -336,3 +356,9 @@ def test_a_wrong_metric_fails(metric, test, reason, tmp_path):
 def test_a_right_metric_passes_and_no_test_is_idle(test, tmp_path):
     assert test in {caught for _, caught, _ in WRONG}
     check(suite(Right), test, tmp_path)
+
+
+def test_five_predictions_are_too_few(tmp_path):
+    few = variant(suite(Right), predictions=lambda: MetricConformance().predictions()[:5])
+    with pytest.raises(AssertionError, match="give six predictions or more"):
+        check(few, TELLS, tmp_path)
