@@ -270,7 +270,7 @@ WRONG = [
     (with_result(lambda r: {"value": 300.0}), WHOLE, "outside 0.0 to 100.0"),
     (with_result(lambda r: {"value": float("nan")}), WHOLE, "the value is nan"),
     (ANumber, WHOLE, "float is no MetricResult"),
-    (with_result(lambda r: {"n": r.n + 1}), WHOLE, r"n is \d, of \d values"),
+    (with_result(lambda r: {"n": r.n - 1}), WHOLE, r"n is \d, of \d values"),
     (with_result(lambda r: {"ids": r.ids[:-1] or ("row-0",) * 2}), WHOLE, r"n is \d, of \d ids"),
     (
         with_result(lambda r: {"n": 2 * r.n, "ids": 2 * r.ids, "per_example": 2 * r.per_example}),
