@@ -172,9 +172,13 @@ class Dictionaries(Right):
         return Rows(examples=[{"prompt": example.prompt} for example in examples])
 
 
-class OddCounts(Right):
-    def rows(self, examples):
-        return Rows(examples=examples, counts={"dropped": -1})
+class AList(Right):
+    def sample(self):
+        return list(tiny_rows())
+
+
+def counting(counts):
+    return type("Wrong", (Right,), {"rows": lambda self, examples: Rows(examples=examples, counts=counts)})
 
 
 class ShuffledGlobally(Right):
@@ -256,7 +260,14 @@ WRONG = [
     (SampleOfTheInstance, ALWAYS, "another instance gives another sample"),
     (Generator, TYPED, "no sequence"),
     (Dictionaries, TYPED, "is a dict, not an Example"),
-    (OddCounts, TYPED, "the count 'dropped' is -1"),
+    (counting({"dropped": -1}), TYPED, "the count 'dropped' is -1"),
+    (AList, TYPED, "list is no Rows"),
+    (counting({3: 1}), TYPED, "a count is called 3"),
+    (counting({"read": "all"}), TYPED, "the count 'read' is 'all'"),
+    (spoilt(id=7), TYPED, "its id is 7"),
+    (spoilt(category=None), TYPED, "None is no text"),
+    (spoilt(extra=["a"]), TYPED, r"extra is \['a'\]"),
+    (spoilt(extra={1: "a"}), TYPED, "a column is called 1"),
     (spoilt(id=""), TYPED, "has no id"),
     (spoilt(prompt=()), TYPED, "a prompt without messages"),
     (spoilt(prompt=({"role": "user"},)), TYPED, "a tuple of Message"),
