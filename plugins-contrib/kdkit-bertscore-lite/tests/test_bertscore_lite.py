@@ -113,7 +113,8 @@ def test_values_that_a_person_can_follow() -> None:
     f1 = BertscoreLite(Table(), "f1")
     assert one(f1, "e n", "n e") == 100.0
     # Opposite counts as unlike: cosine -1 is 0, and not less.
-    assert one(f1, "e", "w") == 0.0
+    for measure in ("precision", "recall"):
+        assert one(BertscoreLite(Table(), measure), "e", "w") == 0.0
     # "up" finds no partner: precision 1/2, recall 1.
     assert one(f1, "e up", "e") == pytest.approx(100 * 2 * 0.5 / 1.5)
     assert one(f1, "e", "w", "ne", "up") == pytest.approx(60.0)

@@ -6,13 +6,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fake_docker import FakeDocker
 
 import kdkit
-from kdkit.api import EnvironmentUnmet, RecipeError, SandboxCanary, SandboxJob, SandboxLimits
+from kdkit.api import EnvironmentUnmet, RecipeError, SandboxCanary, SandboxJob, SandboxLimits, SandboxOutcome
 from kdkit.testing.tiny import save_tiny_model
+from kdkit_docker_sandbox import canaries
 from kdkit_docker_sandbox import docker as command
 from kdkit_docker_sandbox import sandbox as implementation
 from kdkit_docker_sandbox.docker import Docker
@@ -143,6 +145,20 @@ def test_images_that_are_options_are_refused() -> None:
 # --- the probe
 
 
+@pytest.mark.parametrize(
+    ("status", "stdout", "passed"),
+    [
+        ("ok", "killed\n", True),
+        ("memory", "", True),
+        ("ok", "its processes together used 600 MiB: [0, 0, 0, 0]\n", False),
+        ("timeout", "", False),
+        ("runtime-error", "", False),
+    ],
+)
+def test_memory_of_processes_is_limited_only_if_one_was_killed(status: Any, stdout: str, *, passed: bool) -> None:
+    assert canaries._one_was_killed(SandboxOutcome(status=status, stdout=stdout)) is passed
+
+
 def test_a_docker_that_isolates_nothing_does_not_pass(docker: FakeDocker) -> None:
     """The stand-in runs programs right here: the canaries have to see it."""
     sandbox = kdkit.build("sandbox", "docker", workers=2)
@@ -167,11 +183,11 @@ def test_a_docker_that_runs_nothing_says_why(docker: FakeDocker) -> None:
 def test_canaries_run_once_for_an_image(docker: FakeDocker, monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[object] = []
 
-    def canaries(session: object) -> tuple[SandboxCanary, ...]:
+    def run_canaries(session: object) -> tuple[SandboxCanary, ...]:
         ran.append(session)
         return (SandboxCanary(name="hello", passed=True),)
 
-    monkeypatch.setattr(implementation, "run_canaries", canaries)
+    monkeypatch.setattr(implementation, "run_canaries", run_canaries)
     for _ in range(2):
         kdkit.build("sandbox", "docker").open(SandboxLimits()).close()
     assert len(ran) == 1
