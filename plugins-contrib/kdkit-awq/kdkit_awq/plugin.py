@@ -16,8 +16,7 @@ if TYPE_CHECKING:
 class AwqParams(Params):
     """Weights that read large inputs are scaled up before they are rounded, so that they lose less (AWQ, Lin et al.
     2023). What scales the inputs down again is folded into the norm or the linear layer before, wherever that is exact;
-    other layers are rounded to nearest. Written as a GPTQ checkpoint, which kdkit, transformers and vLLM read. Needs
-    calibration rows.
+    other layers are rounded to nearest. Written as a GPTQ checkpoint. Needs calibration rows.
     """
 
     bits: Literal[2, 4, 8] = 4

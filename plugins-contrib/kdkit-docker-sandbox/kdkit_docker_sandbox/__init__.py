@@ -1,0 +1,1 @@
+"""A sandbox for kdkit: programs that a model wrote, each in a Docker container of its own."""
