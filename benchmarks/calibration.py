@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,11 @@ def report(**settings: Any) -> dict[str, Any]:
     if not result.ok:
         sys.exit(f"{RECIPE.name}: {result.error}")
     return result.report
+
+
+def plain(path: Path) -> list[str]:
+    """Texts of a file; as prompts without an answer they are read as they are, without a chat template."""
+    return [json.loads(line)["text"] for line in path.read_text("utf-8").splitlines() if line.strip()]
 
 
 def row(title: str, made: dict[str, Any], model: str) -> dict[str, Any]:
@@ -68,14 +74,17 @@ def _cell(of: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--text", type=Path, default=TEXT, help="generic text, JSON Lines with `text`")
-    text = parser.parse_args().text.resolve()
+    texts = plain(parser.parse_args().text)
     task = report()
     few = {
         "eval.models": {name: f"${{stages.{name}.model}}" for name in (FULL, "gptq-answers")},
         "report.teacher": None,
     }
-    rows_of_text = {"use": "jsonl", "source": str(text), "split": "all"}
-    generic = report(**{"gptq-answers.calibration": rows_of_text}, **few)
+    with tempfile.TemporaryDirectory(prefix="calibration-") as directory:
+        file = Path(directory, "text.jsonl")
+        file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts), "utf-8")
+        rows_of_text = {"use": "jsonl", "source": str(file), "split": "all"}
+        generic = report(**{"gptq-answers.calibration": rows_of_text}, **few)
     rows = [
         row("16 bits", task, FULL),
         row("rounded to nearest", task, "rtn"),
