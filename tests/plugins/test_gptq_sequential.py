@@ -400,6 +400,7 @@ def test_damaged_and_foreign_blocks_are_made_again(tmp_path):
         replace(SETTINGS, identity="another model"),
         replace(SETTINGS, solver=replace(SOLVER, damp_percent=0.2)),
         replace(SETTINGS, true_sequential=False),
+        replace(SETTINGS, compute=torch.float32),
     ):
         ctx = Context(tmp_path)
         quantise(tiny_model(), tmp_path, other, ctx=ctx)
