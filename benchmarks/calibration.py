@@ -3,9 +3,10 @@
     python benchmarks/calibration.py [--text FILE]
 
 The student's own answers, the teacher's answers that it was trained on, and generic text (JSON Lines with `text`, by
-default children's stories that have nothing to do with the task). Differences are those of the same held-out prompts
-between a quantised student and the student in 16 bits, with their 95 % interval. Finished stages are reused.
-`kdkit models pull smollm2-135m-instruct` fetches the model once. Writes benchmarks/results/calibration.json and .md.
+default children's stories that have nothing to do with the task), which becomes rows without answers. Differences are
+those of the same held-out prompts between a quantised student and the student in 16 bits, with their 95 % interval.
+Finished stages are reused. `kdkit models pull smollm2-135m-instruct` fetches the model once. Writes
+benchmarks/results/calibration.json and .md.
 """
 
 from __future__ import annotations
@@ -31,6 +32,15 @@ def report(**settings: Any) -> dict[str, Any]:
     if not result.ok:
         sys.exit(f"{RECIPE.name}: {result.error}")
     return result.report
+
+
+def prompts(text: Path) -> Path:
+    """The texts as rows that kdkit reads, at a place that stays, so that what was calibrated with them is reused."""
+    lines = (json.loads(line)["text"] for line in text.read_text("utf-8").splitlines() if line.strip())
+    rows = ROOT / "runs" / "calibration-text.jsonl"
+    rows.parent.mkdir(exist_ok=True)
+    rows.write_text("".join(json.dumps({"prompt": line}) + "\n" for line in lines), "utf-8")
+    return rows
 
 
 def row(title: str, made: dict[str, Any], model: str) -> dict[str, Any]:
@@ -74,7 +84,7 @@ def main() -> None:
         "eval.models": {name: f"${{stages.{name}.model}}" for name in (FULL, "gptq-answers")},
         "report.teacher": None,
     }
-    rows_of_text = {"use": "jsonl", "source": str(text), "split": "all"}
+    rows_of_text = {"use": "jsonl", "source": str(prompts(text)), "split": "all"}
     generic = report(**{"gptq-answers.calibration": rows_of_text}, **few)
     rows = [
         row("16 bits", task, FULL),

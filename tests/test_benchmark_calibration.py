@@ -45,20 +45,26 @@ def test_a_row_is_the_model_and_its_difference_from_16_bits(bench):
     assert cells == [["16 bits", *["0.000"] * 3], ["rounded", *["2.000 (+2.000; +1.500 to +2.500)"] * 3]]
 
 
-def test_only_the_rows_that_calibrate_differ(bench, tmp_path, monkeypatch):
+def test_only_the_rows_that_calibrate_differ(bench, load_context, tmp_path, monkeypatch):
     """The recipe runs as it is, and once more with generic text in the place of the teacher's answers."""
     asked = []
     monkeypatch.setattr(bench, "report", lambda **settings: asked.append(settings) or report(bench))
     monkeypatch.setattr(bench, "RESULT", tmp_path / "calibration")
+    monkeypatch.setattr(bench, "ROOT", tmp_path)
     text = tmp_path / "text.jsonl"
-    text.write_text('{"text": "Once upon a time."}\n')
+    text.write_text('{"text": "Once upon a time."}\n\n{"text": "There was\\na fox."}\n')
     monkeypatch.setattr(sys, "argv", ["calibration.py", "--text", str(text)])
     bench.main()
     first, second = asked
     assert first == {}
-    assert second["gptq-answers.calibration"] == {"use": "jsonl", "source": str(text), "split": "all"}
+    calibration = dict(second["gptq-answers.calibration"])
+    rows = kdkit.build("dataset", calibration.pop("use"), **calibration).load(load_context).examples
+    assert [(example.prompt, example.completion) for example in rows] == [
+        ("Once upon a time.", None),
+        ("There was\na fox.", None),
+    ]
     assert list(second["eval.models"]) == [bench.FULL, "gptq-answers"]
     assert kdkit.validate(bench.RECIPE, set={f"stages.{path}": value for path, value in second.items()}) == []
-    rows = json.loads((tmp_path / "calibration.json").read_text())
-    assert [row["teacher-kl"]["value"] for row in rows] == [0.0, 1.0, 2.0, 3.0, 3.0]
-    assert len({row["student"] for row in rows}) == 5
+    table = json.loads((tmp_path / "calibration.json").read_text())
+    assert [entry["teacher-kl"]["value"] for entry in table] == [0.0, 1.0, 2.0, 3.0, 3.0]
+    assert len({entry["student"] for entry in table}) == 5
