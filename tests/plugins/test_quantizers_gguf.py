@@ -204,6 +204,17 @@ def test_tables_under_four_bits(sources, tmp_path):
     assert tensors(file)["blk.0.ffn_down.weight"].tensor_type.name == "Q8_0"
 
 
+@pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q4_0", "Q4_1"])
+def test_the_largest_number_of_float16_is_stored(kind, tmp_path):
+    model = model_of("llama", ROWS)
+    weight = model.model.layers[2].mlp.down_proj.weight
+    weight.data[0, 0] = -torch.finfo(torch.float16).max
+    file, _ = export(save(model, tokenizer_for("llama"), tmp_path / "source"), tmp_path / "out", type=kind)
+    theirs = read_back(file).model.layers[2].mlp.down_proj.weight.detach()
+    assert float(theirs[0, 0]) == pytest.approx(-65504.0, rel=1e-3)
+    assert bool(theirs.isfinite().all())
+
+
 def test_a_width_that_blocks_do_not_divide_stays_in_f16(sources, tmp_path):
     file, info = export(sources("llama", intermediate_size=80), tmp_path / "out", type="Q4_1")
     assert tensors(file)["blk.0.ffn_down.weight"].tensor_type.name == "F16"
