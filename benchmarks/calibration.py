@@ -3,9 +3,10 @@
     python benchmarks/calibration.py [--text FILE]
 
 The student's own answers, the teacher's answers that it was trained on, and generic text (JSON Lines with `text`, by
-default children's stories that have nothing to do with the task). Differences are those of the same held-out prompts
-between a quantised student and the student in 16 bits, with their 95 % interval. Finished stages are reused.
-`kdkit models pull smollm2-135m-instruct` fetches the model once. Writes benchmarks/results/calibration.json and .md.
+default children's stories that have nothing to do with the task), which becomes rows without answers. Differences are
+those of the same held-out prompts between a quantised student and the student in 16 bits, with their 95 % interval.
+Finished stages are reused. `kdkit models pull smollm2-135m-instruct` fetches the model once. Writes
+benchmarks/results/calibration.json and .md.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +34,13 @@ def report(**settings: Any) -> dict[str, Any]:
     return result.report
 
 
-def plain(path: Path) -> list[str]:
-    """Texts of a file; as prompts without an answer they are read as they are, without a chat template."""
-    return [json.loads(line)["text"] for line in path.read_text("utf-8").splitlines() if line.strip()]
+def prompts(text: Path) -> Path:
+    """The texts as rows that kdkit reads, at a place that stays, so that what was calibrated with them is reused."""
+    lines = (json.loads(line)["text"] for line in text.read_text("utf-8").splitlines() if line.strip())
+    rows = ROOT / "runs" / "calibration-text.jsonl"
+    rows.parent.mkdir(exist_ok=True)
+    rows.write_text("".join(json.dumps({"prompt": line}) + "\n" for line in lines), "utf-8")
+    return rows
 
 
 def row(title: str, made: dict[str, Any], model: str) -> dict[str, Any]:
@@ -74,17 +78,14 @@ def _cell(of: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--text", type=Path, default=TEXT, help="generic text, JSON Lines with `text`")
-    texts = plain(parser.parse_args().text)
+    text = parser.parse_args().text.resolve()
     task = report()
     few = {
         "eval.models": {name: f"${{stages.{name}.model}}" for name in (FULL, "gptq-answers")},
         "report.teacher": None,
     }
-    with tempfile.TemporaryDirectory(prefix="calibration-") as directory:
-        file = Path(directory, "text.jsonl")
-        file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts), "utf-8")
-        rows_of_text = {"use": "jsonl", "source": str(file), "split": "all"}
-        generic = report(**{"gptq-answers.calibration": rows_of_text}, **few)
+    rows_of_text = {"use": "jsonl", "source": str(prompts(text)), "split": "all"}
+    generic = report(**{"gptq-answers.calibration": rows_of_text}, **few)
     rows = [
         row("16 bits", task, FULL),
         row("rounded to nearest", task, "rtn"),

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import sys
 from pathlib import Path
 
 import pytest
+
+from kdkit.api import Model
+from kdkit.testing.tiny import save_tiny_model
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -69,6 +73,56 @@ def test_targets_compare_the_defaults_of_both(bench):
     assert worse["seconds"]["kept"]
     assert not worse["perplexity"]["kept"]
     assert bench.targets([entry(bench, bench.Case("kdkit"), [1.0], 30.0)]) == {}
+
+
+def test_seconds_are_the_median_of_the_passes(bench):
+    assert entry(bench, bench.Case("kdkit"), [80.0, 100.0, 500.0], 30.0)["seconds"] == 100.0
+
+
+def test_each_is_asked_for_what_its_row_says(bench, tmp_path):
+    """gptqmodel orders columns inside of groups and searches no grids, unless it is given kdkit's settings."""
+    (tmp_path / "config.json").write_text('{"num_hidden_layers": 3}')
+    names = ("desc_act", "static_groups", "act_group_aware", "mse")
+    found = {}
+    for case in bench.CASES[1:]:
+        facts = bench.Task(case, tmp_path, [[1]], tmp_path / "out").facts()
+        assert (facts["sym"], facts["group_size"]) == (case.sym, case.group_size)
+        assert (facts["bits"], facts["rows"], facts["damp_percent"], facts["blocks"]) == (4, [[1]], 0.05, 3)
+        found.setdefault(f"{case.who} {bool(case.ordered)}", set()).add(tuple(facts[name] for name in names))
+    assert found["kdkit False"] == found["gptqmodel True"] == {(True, True, False, 2.4)}
+    assert found["gptqmodel False"] == {(False, False, True, 0.0)}
+
+
+def test_perplexity_is_that_of_all_tokens_of_the_checkpoint(bench, tmp_path):
+    import torch
+
+    from kdkit.models.load import load_model
+    from kdkit.models.quantized.checkpoint import write_checkpoint
+    from kdkit.models.quantized.form import GptqFormat
+    from kdkit.models.quantized.grid import GridSettings
+    from kdkit.models.quantized.layers import quantizable
+    from kdkit.models.quantized.linear import round_to_nearest
+
+    windows = [list(range(40)), list(range(100, 109))]
+
+    def expected(model):
+        losses = []
+        for window in windows:
+            with torch.no_grad():
+                logprobs = model(input_ids=torch.tensor([window])).logits[0].log_softmax(-1)
+            losses += [-float(logprobs[place, token]) for place, token in enumerate(window[1:])]
+        return math.exp(sum(losses) / len(losses))
+
+    source = save_tiny_model(tmp_path / "source")
+    plain = load_model(Model(path=source), dtype=torch.float32)
+    layers = quantizable(plain, lm_head=False).items()
+    made = {name: round_to_nearest(layer.weight, GridSettings(2, True, 0.0), 32) for name, layer in layers}
+    form = GptqFormat.standard(bits=2, group_size=32, sym=True)
+    write_checkpoint(source, tmp_path / "q", made, form, write_head=False)
+    assert bench.perplexity(source, None, windows) == pytest.approx(expected(plain), rel=1e-5)
+    for name, linear in made.items():
+        plain.get_submodule(name).weight.data = linear.dequantized(torch.float32)
+    assert bench.perplexity(source, tmp_path / "q", windows) == pytest.approx(expected(plain), rel=1e-5)
 
 
 def test_the_page_has_a_row_for_every_case(bench):

@@ -54,6 +54,8 @@ class Spec(Generic[P]):
         summary: One line of at most 80 characters for ``kdkit plugins list``.
         params: The parameter model; its module must not import torch.
         extras: pip extras of the plugin's distribution that the component needs.
+        ready: Raises ``EnvironmentUnmet`` where this machine lacks what these parameters need beyond ``extras``: a
+            program, a device. Asked before the first stage of a run; must not import torch.
         version: Raise it when the same parameters produce something else, so that cached results are not reused.
     """
 
@@ -62,6 +64,7 @@ class Spec(Generic[P]):
     summary: str
     params: type[P]
     extras: tuple[str, ...] = ()
+    ready: Callable[[P], None] | None = None
     version: int = 1
 
     def __post_init__(self) -> None:

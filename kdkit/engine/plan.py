@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
 from kdkit.api.errors import RecipeError
-from kdkit.api.slots import Component, Found, Ref, StageOutput, walk
+from kdkit.api.slots import Component, Ref, StageOutput, walk
+from kdkit.engine.boundary import ComponentBoundary
 from kdkit.engine.hardware import resolve_precision
 from kdkit.engine.inputs import Inputs
 from kdkit.engine.keys import KeyMaker, StageKey, differences
@@ -99,21 +100,26 @@ class Plan:
             "stages": [planned.to_json() for planned in self.stages],
         }
 
-    def check_extras(self) -> None:
-        """Refuse what cannot run for want of a package, before hours of work that come before it.
+    def check_environment(self) -> None:
+        """Refuse what cannot run on this machine, before hours of work that come before it.
 
         Raises:
-            EnvironmentUnmet: A component of a stage that is to run needs a pip extra that is not installed.
+            EnvironmentUnmet: A component of a stage that is to run needs a pip extra, a program or a device that is not
+                there.
         """
         for planned in self.stages:
-            for found in _founds(planned.stage) if planned.selected and planned.state != "cached" else ():
-                check_extras(found)
+            if planned.selected and planned.state != "cached":
+                _check_environment(planned.stage)
 
 
-def _founds(stage: Stage) -> Iterator[Found]:
-    """The stage's own code and that of every component in it."""
-    yield stage.found
-    yield from (slot.found for _, slot in walk(stage.params) if isinstance(slot, Component))
+def _check_environment(stage: Stage) -> None:
+    """Look at the stage's own code and at every component in it."""
+    components = [slot for _, slot in walk(stage.params) if isinstance(slot, Component)]
+    for found, params in ((stage.found, stage.params), *((slot.found, slot.params) for slot in components)):
+        check_extras(found)
+        if found.spec.ready is not None:
+            with ComponentBoundary(found):
+                found.spec.ready(params)
 
 
 def make_plan(recipe: Recipe, store: Store, selection: Selection | None = None) -> Plan:

@@ -89,7 +89,7 @@ def run_recipe(recipe: Recipe, options: RunOptions) -> Finished:
     store.prepare()
     parent = check_out(options.out, recipe.name)
     plan = make_plan(recipe, store, options.selection)
-    plan.check_extras()
+    plan.check_environment()
     run_dir = RunDir.create(parent)
     try:
         run_dir.record(recipe, plan)

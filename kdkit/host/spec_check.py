@@ -65,6 +65,8 @@ def _declaration_problems(spec: Spec[Any]) -> Iterator[str]:
     for name in {"build", "run"} & {field.name for field in fields(spec)}:
         if not callable(getattr(spec, name)):
             yield f"{name} is not callable"
+    if spec.ready is not None and not callable(spec.ready):
+        yield "ready is not callable"
     if isinstance(spec.extras, str) or not all(isinstance(extra, str) for extra in spec.extras):
         yield f"extras is {spec.extras!r}; allowed: a tuple of names"
     if isinstance(spec, StageSpec):

@@ -1,4 +1,4 @@
-"""What a component needs to be installed is looked up before a run, and when it is built."""
+"""What a component needs of the machine is looked up before a run, and packages also when it is built."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 
 import kdkit
 from kdkit.api import EnvironmentUnmet
+from kdkit.api.errors import StageError
 from kdkit.host import compat
 from kdkit.testing.tiny import save_tiny_model
 
@@ -55,3 +56,56 @@ def test_stages_that_are_left_out_need_nothing(recipe, tmp_path, without_sacrebl
 def test_a_component_that_is_built_alone_says_it_too(without_sacrebleu):
     with pytest.raises(EnvironmentUnmet, match=r"pip install 'kdkit\[chrf\]'"):
         kdkit.build("metric", "chrf")
+
+
+# --- programs and devices ---------------------------------------------------------------------------------------------
+
+PLUGIN = """
+from kdkit.api import EnvironmentUnmet, MetricSpec, Params, hookimpl
+
+class Level(Params):
+    level: int
+
+def ready(params):
+    if params.level < 0:
+        raise ValueError("no level")
+    if params.level > 1:
+        raise EnvironmentUnmet("no device of that level", hint="take level: 1")
+
+@hookimpl
+def kdkit_metrics():
+    yield MetricSpec(
+        name="level", summary="A level", params=Level, build=lambda params: None, ready=ready, higher_is_better=True
+    )
+"""
+
+
+@pytest.fixture
+def leveled(tmp_path, recipe):
+    """The recipe with a metric for a machine of a certain level in the second stage; the run ends with an error."""
+    (tmp_path / "level.py").write_text(PLUGIN)
+
+    def run(level: int):
+        data = json.loads(recipe.read_text())
+        data["stages"]["second"]["metrics"] = [{"use": "level", "level": level}]
+        recipe.write_text(json.dumps({**data, "plugins": ["./level.py"]}))
+        return kdkit.run(recipe, inline=True, out=tmp_path / "runs")
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("level", "error", "said"),
+    [
+        (2, EnvironmentUnmet, "no device of that level; take level: 1"),
+        (-1, StageError, "metric 'level' of .*level.py.*: no level"),
+    ],
+)
+def test_a_machine_that_does_not_do_ends_a_run_before_it_begins(leveled, tmp_path, level, error, said):
+    with pytest.raises(error, match=said):
+        leveled(level)
+    assert not list((tmp_path / "runs").rglob("events.jsonl"))
+
+
+def test_a_machine_that_does_is_not_refused(leveled):
+    assert "is not quantised" in str(leveled(1).error)

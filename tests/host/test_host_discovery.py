@@ -116,6 +116,7 @@ FAULTS = {
         hook(f"yield {SPEC.replace('build', 'extras=' + chr(39) + 'gpu' + chr(39) + ', build')}"),
         "extras is 'gpu'",
     ),
+    "ready not callable": (hook(f"yield {SPEC.replace('build', 'ready=3, build')}"), "ready is not callable"),
     "build not callable": (hook(f"yield {SPEC.replace('build=print', 'build=3')}"), "build is not callable"),
     "stage output": (
         SPECS.replace("RewardSpec", "StageSpec")

@@ -91,6 +91,12 @@ def test_what_was_exported_is_what_is_loaded(name, exported):
     assert len(load_tokenizer(artifact)) > 0
 
 
+def test_it_is_loaded_in_the_precision_that_was_asked_for(exported):
+    artifact = Model(path=exported("llama")[1], format="gguf")
+    exact, rounded = (load_model(artifact, dtype=dtype).state_dict() for dtype in (torch.float32, torch.bfloat16))
+    assert all(torch.equal(rounded[name], value.bfloat16()) for name, value in exact.items())
+
+
 @pytest.mark.parametrize("name", ["llama", "llama tied", "qwen2", "gemma2", "gemma3"])
 def test_a_lone_file_of_which_nothing_is_dropped_is_read(name, exported):
     _, directory = exported(name)

@@ -292,7 +292,8 @@ class GPTQModel:
     def load(cls, source, config, device):
         self = cls()
         workers = os.environ.get("GPTQMODEL_CPU_WORKERS")
-        self.facts = {"source": source, "device": device, "workers": workers, **config.given}
+        samples = os.environ.get("GPTQMODEL_LOG_CALIBRATION_SAMPLES")
+        self.facts = {"source": source, "device": device, "workers": workers, "samples": samples, **config.given}
         return self
 
     def quantize(self, rows, batch_size, calibration_sort):
@@ -350,6 +351,7 @@ def test_gptqmodel_is_asked_for_what_the_job_says(tmp_path, monkeypatch):
     assert (asked["act_group_aware"], asked["offload_to_disk"]) == (False, False)
     assert asked["rows"] == [{"input_ids": SECRET_ROW, "attention_mask": [1] * len(SECRET_ROW)}]
     assert asked["format"] == "gptq"
+    assert asked["samples"] == "0"  # it would write rows of calibration into its log
     assert seen == [(1, 1)]
     assert answer["losses"] == {"0.a": 0.25, "0.c": 0.5}
     assert answer["fallback"] == ["0.b", "0.c"]
@@ -422,6 +424,13 @@ def test_the_layers_come_back_in_the_order_that_was_asked_for(tmp_path):
         16,
         64,
     )
+
+
+def test_a_whole_row_is_one_group(tmp_path):
+    shapes = {"model.layers.0.a": (16, 64)}
+    checkpoint = written(tmp_path / "c", shapes, group_size=-1)
+    made = peer.result(make_job(shapes=shapes, group_size=-1), checkpoint, "gptqmodel 7.6.0", ANSWER)
+    assert made.linears["model.layers.0.a"].scales.shape == (16, 1)
 
 
 def test_other_layers_than_asked_for_are_refused(tmp_path):

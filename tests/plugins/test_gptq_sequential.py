@@ -385,7 +385,7 @@ def test_a_finished_run_is_not_done_again(tmp_path):
     assert ctx.steps == []
 
 
-def test_damaged_and_foreign_blocks_are_made_again(tmp_path):
+def test_damaged_blocks_are_made_again(tmp_path):
     want, _ = quantise(tiny_model(), tmp_path)
     file = tmp_path / "checkpoints" / "gptq" / "block-00001" / "linears.safetensors"
     data = bytearray(file.read_bytes())
@@ -396,16 +396,24 @@ def test_damaged_and_foreign_blocks_are_made_again(tmp_path):
     same(got, want)
     assert [step for step, _, _ in ctx.steps] == list(range(8, 15))
     assert "block-00001" in ctx.logs[0]
-    for other in (
-        replace(SETTINGS, identity="another model"),
-        replace(SETTINGS, solver=replace(SOLVER, damp_percent=0.2)),
-        replace(SETTINGS, true_sequential=False),
-    ):
-        ctx = Context(tmp_path)
-        quantise(tiny_model(), tmp_path, other, ctx=ctx)
-        assert len(ctx.steps) == 14
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"identity": "another model"},
+        {"solver": replace(SOLVER, damp_percent=0.2)},
+        {"true_sequential": False},
+        {"compute": torch.float32},
+        {"rows": make_rows(seed=1)},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_blocks_of_another_run_are_made_again(tmp_path, change):
+    quantise(tiny_model(), tmp_path)
+    settings = replace(SETTINGS, **{name: value for name, value in change.items() if name != "rows"})
     ctx = Context(tmp_path)
-    quantise(tiny_model(), tmp_path, other, rows=make_rows(seed=1), ctx=ctx)
+    quantise(tiny_model(), tmp_path, settings, rows=change.get("rows"), ctx=ctx)
     assert len(ctx.steps) == 14
 
 

@@ -11,6 +11,7 @@ import torch
 from kdkit.api.errors import ModelError
 from kdkit.models.quantized.grid import GridSettings, fit_grid, from_codes, to_codes
 from kdkit.models.quantized.linear import round_to_nearest
+from kdkit.plugins.quantizers import gptq_solver
 from kdkit.plugins.quantizers.gptq_solver import SolverSettings, solve, solve_shared
 
 GRID = GridSettings(bits=4, sym=True, mse=0.0)
@@ -196,6 +197,32 @@ def test_an_input_that_is_always_zero_is_rounded_to_nearest(order):
         assert solved.error == pytest.approx(alone.error, rel=0.5)
 
 
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("damp", [0.0, 0.05, 0.5])
+def test_inputs_that_are_always_zero_are_as_good_as_absent(order, damp):
+    """They are no reason for more damping, and the damping of the others is a share of the mean of the others."""
+    weight, hessian = layer(16, 64, seed=8)
+    dead = [0, 17, 18, 40, 63]
+    alive = [column for column in range(64) if column not in dead]
+    weight[:, dead], hessian[dead], hessian[:, dead] = 0, 0, 0
+    settings = replace(BASE, **ORDERS[order], damp_percent=damp, group_size=-1)
+    solved, alone = solve(weight, hessian, settings), solve(weight[:, alive], hessian[alive][:, alive], settings)
+    assert solved.damp == alone.damp == damp
+    assert torch.equal(solved.linear.codes[:, alive], alone.linear.codes)
+    assert solved.error == pytest.approx(alone.error, rel=1e-9)
+
+
+@pytest.mark.parametrize("order", ["plain", "act order"])
+def test_the_number_of_rows_whose_grids_are_fitted_at_once_changes_nothing(order, monkeypatch):
+    weight, hessian = layer(32, 128, seed=12)
+    settings = replace(BASE, **ORDERS[order], grid=replace(GRID, mse=2.4))
+    at_once = solve(weight, hessian, settings).linear
+    monkeypatch.setattr(gptq_solver, "_CHUNK", 5 * 64)
+    apart = solve(weight, hessian, settings).linear
+    assert torch.equal(at_once.codes, apart.codes)
+    assert torch.equal(at_once.scales, apart.scales)
+
+
 def test_inputs_that_are_all_zero_lose_nothing():
     weight, hessian = layer(8, 64)
     solved = solve(weight, 0 * hessian, BASE)
@@ -212,6 +239,28 @@ def test_damping_rises_until_the_moments_can_be_factored():
     indefinite = torch.full((64, 64), -0.02, dtype=torch.float64).fill_diagonal_(1.0)
     for percent, taken in ((0.01, 0.3), (0.28, 0.28), (0.2, 0.3)):
         assert solve(weight, indefinite, replace(BASE, damp_percent=percent)).damp == taken
+
+
+def test_damping_rises_when_the_inverse_has_no_numbers():
+    """H = V V^T can be factored exactly, and the inverse of V holds powers of 64 up to 64^63."""
+    factor = torch.eye(64) / 64 + torch.diag(torch.ones(63), 1)
+    weight, _ = layer(16, 64, seed=13, dtype=torch.float32)
+    solved = solve(weight, factor @ factor.T, replace(BASE, damp_percent=0.0))
+    assert solved.damp == 0.01
+    assert 0 < solved.error < solved.rtn_error
+
+
+def test_errors_are_never_below_zero():
+    """Moments that are not positive definite, by rounding, give some errors a negative square."""
+    indefinite = torch.full((64, 64), -0.02, dtype=torch.float64).fill_diagonal_(1.0)
+    # All errors of rounding point in the direction of the negative eigenvalue; the weights do not.
+    weight = torch.tensor([3.4, -2.6] * 32, dtype=torch.float64)[None] / 16
+    weight[0, 0] = 7.5 / 16
+    nearest = round_to_nearest(weight, GRID, 64).dequantized(torch.float64)
+    assert loss(weight, nearest, indefinite) < 0 < loss(weight, 0 * weight, indefinite)
+    solved = solve(weight, indefinite, BASE)
+    assert solved.rtn_error == 0
+    assert solved.error >= 0
 
 
 def test_moments_that_no_damping_can_factor_keep_rounding_to_nearest():
@@ -241,6 +290,17 @@ def test_what_is_worse_than_rounding_to_nearest_is_not_kept():
     assert "rounding to nearest" in solved.note
     assert solved.error == solved.rtn_error
     assert torch.equal(solved.linear.codes, nearest.codes)
+
+
+def test_a_result_without_numbers_is_not_kept(monkeypatch):
+    weight, hessian = layer(8, 64, seed=14)
+    nearest = round_to_nearest(weight, GRID, 64)
+    broken = replace(nearest, scales=torch.full_like(nearest.scales, float("nan")))
+    monkeypatch.setattr(gptq_solver, "_compensated", lambda *_given: broken)
+    solved = solve(weight, hessian, BASE)
+    assert solved.kept == "rtn"
+    assert 0 < solved.error == solved.rtn_error
+    assert torch.equal(solved.linear.scales, nearest.scales)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -94,6 +94,10 @@ def test_the_checkpoint_is_the_model_with_less_error_than_rounding(models, tmp_p
     assert info.bytes_on_disk == (out / "model.safetensors").stat().st_size
     size = "a whole row" if form.group_size == -1 else form.group_size
     assert f"14 layers, {form.bits} bits, groups of {size}" in ctx.logs
+    own, rounded = (sum(errors.values()) / 14 for errors in (info.layer_errors, info.rtn_errors))
+    worst = max(info.layer_errors, key=info.layer_errors.__getitem__)
+    said = f"{own:.2%} of a layer's on average, {rounded:.2%} rounded to nearest; most in {worst} "
+    assert said in ctx.logs[-1]
 
 
 def divergence(source, other, rows) -> float:
@@ -112,6 +116,12 @@ def test_no_text_of_calibration_is_in_the_checkpoint(models, tmp_path):
     assert "swordfish" not in " ".join(ctx.logs)
     config = json.loads((out / "config.json").read_text())["quantization_config"]
     assert (config["damp_percent"], config["static_groups"], config["desc_act"]) == (0.05, True, False)
+
+
+def test_the_checkpoint_says_how_it_was_made(models, tmp_path):
+    _, out, _ = quantise(models, tmp_path, damp_percent=0.125, true_sequential=False, desc_act=False)
+    form, _ = read_checkpoint(out)
+    assert (form.damp_percent, form.true_sequential, form.static_groups, form.desc_act) == (0.125, False, True, False)
 
 
 def test_the_head_is_quantised_when_it_is_no_embedding(models, tmp_path):
@@ -251,6 +261,21 @@ def test_another_program_gives_the_errors_of_its_weights(models, tmp_path, monke
     assert "quantised by gptqmodel 7.6.0; the errors of its layers are of weights" in info.notes[0]
 
 
+def test_another_program_is_asked_for_what_the_recipe_says(models, tmp_path, monkeypatch):
+    asked = backend_that_rounds(monkeypatch)
+    given = {
+        "bits": 8, "sym": True, "desc_act": False, "static_groups": False, "damp_percent": 0.125,
+        "true_sequential": False, "mse": 1.5, "group_size": 16, "lm_head": False,
+    }  # fmt: skip
+    _, out, _ = quantise(models, tmp_path, backend="gptqmodel", target="auto-gptq", **given)
+    (job,) = asked
+    assert {name: getattr(job, name) for name in given} == given
+    assert (job.blocks, job.device, job.source) == (2, "cpu", models / "tied")
+    assert job.rows == calibration_rows(ROWS, tiny_tokenizer(), max_length=512, log=lambda _text: None)
+    with safe_open(out / "model.safetensors", framework="pt") as file:
+        assert "lm_head.weight" in file.keys()  # noqa: SIM118 (not a mapping)
+
+
 def test_a_model_without_numbers_is_not_given_to_another_program(tmp_path, monkeypatch):
     """gptqmodel rounds all layers to nearest then, and goes on."""
     asked = backend_that_rounds(monkeypatch)
@@ -317,15 +342,25 @@ def test_forward_passes_have_the_precision_of_the_stage(models, tmp_path, monkey
     assert all(info.layer_errors[name] < info.rtn_errors[name] for name in info.layer_errors)
 
 
-def test_finished_blocks_of_other_weights_are_not_taken(models, tmp_path):
-    want, _, _ = quantise(models, tmp_path / "whole")
+def other_weights(path):
+    config = (path / "config.json").read_bytes()
+    tiny_model(seed=1).half().save_pretrained(path)
+    (path / "config.json").write_bytes(config)
+
+
+def other_configuration(path):
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
+
+
+@pytest.mark.parametrize("change", [other_weights, other_configuration])
+def test_finished_blocks_of_another_model_are_not_taken(models, tmp_path, change):
     shutil.copytree(models / "tied", tmp_path / "other")
     with pytest.raises(Stopped):
         quantise(models, tmp_path, ctx=StageContext(tmp_path, stop_at=8))
-    tiny_model(seed=1).half().save_pretrained(tmp_path / "other")
-    shutil.copyfile(models / "tied" / "config.json", tmp_path / "other" / "config.json")
+    change(tmp_path / "other")
     _, _, ctx = quantise(tmp_path, tmp_path, "other")
-    assert len(ctx.steps) == len(want.layer_errors) == 14
+    assert len(ctx.steps) == 14
 
 
 def test_parameters_that_no_reader_takes_are_refused():

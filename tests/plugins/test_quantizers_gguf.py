@@ -1,17 +1,22 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import gguf
 import numpy as np
 import pytest
 import torch
 from gguf_models import CHAT, HARD, Context, byte_tokenizer, export, model_of, piece_tokenizer, save, spm, tokenizer_for
+from tokenizers import pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from kdkit.api.errors import EnvironmentUnmet, ModelError, Stopped
 from kdkit.models import gguf_import
 from kdkit.models.gguf_import import import_gguf
 from kdkit.models.pretrained import quiet
+from kdkit.plugins.quantizers import gguf_export
 from kdkit.plugins.quantizers.gguf_export_splits import split_rule
+from kdkit.plugins.quantizers.gguf_export_tokenizer import chat_template
 from kdkit.plugins.quantizers.gguf_plugin import GGUF, GgufParams
 from kdkit.testing.conformance import QuantizerConformance
 
@@ -154,6 +159,42 @@ def test_a_weight_moves_by_no_more_than_the_step_of_its_block(kind, bits, source
     assert len(info.layer_errors) == 2 + 7 * 3
 
 
+@pytest.mark.parametrize(("kind", "number"), [("F16", 1), ("Q4_0", 2), ("Q4_1", 3), ("Q8_0", 7)])
+def test_the_file_says_what_it_holds(kind, number, sources, tmp_path):
+    """llama.cpp takes the shape of the model from here, and from nowhere else. Numbers of types are its own."""
+    file, _ = export(sources("llama"), tmp_path / "out", type=kind)
+    known = fields(file)
+    assert {name: value for name, value in known.items() if name.startswith("general.")} == {
+        "general.architecture": "llama",
+        "general.type": "model",
+        "general.quantization_version": 2,
+        "general.file_type": number,
+    }
+    assert {name.removeprefix("llama."): value for name, value in known.items() if name.startswith("llama.")} == {
+        "block_count": 3,
+        "context_length": 128,
+        "embedding_length": 64,
+        "feed_forward_length": 96,
+        "attention.head_count": 4,
+        "attention.head_count_kv": 2,
+        "attention.key_length": 32,
+        "attention.value_length": 32,
+        "attention.layer_norm_rms_epsilon": pytest.approx(1e-5),
+        "rope.dimension_count": 32,
+        "rope.freq_base": 10000.0,
+        "vocab_size": ROWS,
+    }
+
+
+@pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q4_0", "Q4_1"])
+def test_rows_that_are_quantized_at_a_time_change_nothing(kind, sources, tmp_path, monkeypatch):
+    at_once, whole = export(sources("llama"), tmp_path / "a", type=kind)
+    monkeypatch.setattr(gguf_export, "_ROWS", 50)
+    apart, parts = export(sources("llama"), tmp_path / "b", type=kind)
+    assert apart.read_bytes() == at_once.read_bytes()
+    assert parts.layer_errors == pytest.approx(dict(whole.layer_errors), rel=1e-9)
+
+
 def test_tables_under_four_bits(sources, tmp_path):
     file, _ = export(sources("llama"), tmp_path / "a", type="Q4_0")
     assert {tensors(file)[name].tensor_type.name for name in ("token_embd.weight", "output.weight")} == {"Q8_0"}
@@ -163,11 +204,24 @@ def test_tables_under_four_bits(sources, tmp_path):
     assert tensors(file)["blk.0.ffn_down.weight"].tensor_type.name == "Q8_0"
 
 
+@pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q4_0", "Q4_1"])
+def test_the_largest_number_of_float16_is_stored(kind, tmp_path):
+    model = model_of("llama", ROWS)
+    weight = model.model.layers[2].mlp.down_proj.weight
+    weight.data[0, 0] = -torch.finfo(torch.float16).max
+    file, _ = export(save(model, tokenizer_for("llama"), tmp_path / "source"), tmp_path / "out", type=kind)
+    theirs = read_back(file).model.layers[2].mlp.down_proj.weight.detach()
+    assert float(theirs[0, 0]) == pytest.approx(-65504.0, rel=1e-3)
+    assert bool(theirs.isfinite().all())
+
+
 def test_a_width_that_blocks_do_not_divide_stays_in_f16(sources, tmp_path):
     file, info = export(sources("llama", intermediate_size=80), tmp_path / "out", type="Q4_1")
     assert tensors(file)["blk.0.ffn_down.weight"].tensor_type.name == "F16"
     assert tensors(file)["blk.0.ffn_up.weight"].tensor_type.name == "Q4_1"
     assert any("3 matrices stay in F16, such as model.layers.0.mlp.down_proj" in note for note in info.notes)
+    _, info = export(sources("llama", intermediate_size=80), tmp_path / "all", type="F16")
+    assert not info.notes
 
 
 def test_rotary_frequencies_of_llama_3(sources, tmp_path):
@@ -247,9 +301,33 @@ def test_pieces_by_scores_are_those_by_merges(prefix, tmp_path):
         assert spm(known["tokenizer.ggml.tokens"], known["tokenizer.ggml.scores"], prepared) == ours, text
 
 
-def test_a_prefix_only_at_the_start_is_said(tmp_path):
-    from tokenizers import pre_tokenizers
+def metaspace(tokenizer):
+    """As old conversions of Llama have it: no leading space, and no normalizer."""
+    tokenizer.backend_tokenizer.normalizer = None
+    pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="never", split=False)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizer
 
+
+def at_spaces(tokenizer):
+    """As Gemma has it: its normalizer has replaced all spaces by then, so that it splits nothing."""
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", behavior="merged_with_previous")
+
+
+@pytest.mark.parametrize("change", [metaspace, at_spaces])
+def test_text_without_a_prefix_in_other_words(change, tmp_path):
+    tokenizer = piece_tokenizer(prefix=False)
+    change(tokenizer)
+    file, info = export(save(model_of("llama", ROWS), tokenizer, tmp_path / "source"), tmp_path / "out")
+    known = fields(file)
+    assert known["tokenizer.ggml.add_space_prefix"] is False
+    assert not info.notes
+    for text in HARD[:9]:
+        ours = tokenizer(text, add_special_tokens=False).input_ids
+        prepared = text.replace(" ", "▁")
+        assert spm(known["tokenizer.ggml.tokens"], known["tokenizer.ggml.scores"], prepared) == ours, text
+
+
+def test_a_prefix_only_at_the_start_is_said(tmp_path):
     tokenizer = piece_tokenizer()
     tokenizer.backend_tokenizer.normalizer = None
     metaspace = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first", split=False)
@@ -276,6 +354,7 @@ def test_kinds_of_tokens(tmp_path):
     ]
     assert tokens[len(tokenizer) :] == [f"[PAD{row}]" for row in range(len(tokenizer), 420)]
     assert set(kinds[len(tokenizer) :]) == {5}
+    assert [known[f"tokenizer.ggml.{name}_token_id"] for name in ("unknown", "bos", "eos")] == [0, 1, 2]
 
 
 def test_special_tokens_and_template(tmp_path):
@@ -291,6 +370,33 @@ def test_special_tokens_and_template(tmp_path):
     whole = tokenizer.apply_chat_template(CHAT, tokenize=False)
     assert tokenizer.apply_chat_template(CHAT, chat_template=template, tokenize=False) == whole
     assert "Bien 👍<|im_end|><|im_start|>user\nok" in whole  # the marks swallow the line break after them, too
+
+
+def test_a_start_token_that_only_the_model_knows(tmp_path):
+    """llama.cpp would take token 1 or 11 for it, whatever that is."""
+    tokenizer = byte_tokenizer()
+    tokenizer.bos_token = None
+    source = save(model_of("llama", ROWS, bos_token_id=2), tokenizer, tmp_path / "source")
+    file, _ = export(source, tmp_path / "out")
+    assert fields(file)["tokenizer.ggml.bos_token_id"] == 2
+    assert fields(file)["tokenizer.ggml.add_bos_token"] is False
+
+
+def test_text_that_ends_with_an_end_token(tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A <|im_end|>", special_tokens=[("<|im_end|>", 2)]
+    )
+    file, _ = export(save(model_of("llama", ROWS), tokenizer, tmp_path / "source"), tmp_path / "out")
+    known = fields(file)
+    assert (known["tokenizer.ggml.add_bos_token"], known["tokenizer.ggml.add_eos_token"]) == (False, True)
+
+
+def test_of_several_templates_the_default_one_is_taken():
+    several = {"tool_use": "{{ tools }}", "default": "{% generation %}{{ messages }}{% endgeneration %}"}
+    assert chat_template(SimpleNamespace(chat_template=several)) == "{% if true %}{{ messages }}{% endif %}"
+    assert chat_template(SimpleNamespace(chat_template={"tool_use": "{{ tools }}"})) is None
+    assert chat_template(SimpleNamespace(chat_template=None)) is None
 
 
 def test_differences_that_remain_are_said(tmp_path):

@@ -228,7 +228,10 @@ def test_an_end_token_beyond_the_table(tmp_path):
 # --- weights and files ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("value", "match"), [(float("nan"), "not finite"), (1e6, "too large for float16")])
+@pytest.mark.parametrize(
+    ("value", "match"),
+    [(float("nan"), "not finite"), (1e6, "too large for float16"), (-65520.0, "too large for float16")],
+)
 def test_weights_that_cannot_be_stored(value, match, tmp_path):
     model = model_of("llama", ROWS)
     with torch.no_grad():

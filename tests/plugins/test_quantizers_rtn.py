@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from kdkit.api.artifacts import Model
-from kdkit.api.errors import ModelError
+from kdkit.api.errors import ModelError, Stopped
 from kdkit.models.load import load_model
 from kdkit.models.quantized.checkpoint import read_checkpoint
 from kdkit.models.quantized.grid import GridSettings
@@ -43,16 +43,18 @@ def ctx(tmp_path):
     return PretendContext(out=tmp_path / "out", checkpoints=tmp_path / "checkpoints", run_dir=tmp_path / "run")
 
 
-def test_every_weight_is_the_nearest_of_its_group(ctx, tmp_path):
+@pytest.mark.parametrize(("sym", "mse"), [(True, 0.0), (False, 0.0), (True, 2.4)])
+def test_every_weight_is_the_nearest_of_its_group(ctx, tmp_path, sym, mse):
     source = save_tiny_model(tmp_path / "m", tied=False)
-    info = quantizer(bits=4, group_size=16, lm_head=False).quantize(source, [], ctx.out / "q", ctx)
+    info = quantizer(bits=4, group_size=16, sym=sym, mse=mse).quantize(source, [], ctx.out / "q", ctx)
     form, layers = read_checkpoint(ctx.out / "q")
-    assert (form.bits, form.group_size, form.sym, form.version, form.desc_act) == (4, 16, True, 1, False)
+    assert (form.bits, form.group_size, form.sym, form.desc_act) == (4, 16, sym, False)
+    assert form.version == (1 if sym else 2)
     originals = quantizable(tiny_model(tied=False), lm_head=False)
     assert list(info.layer_errors) == list(originals)
     assert set(layers) == set(originals)
     for name, layer in originals.items():
-        want = round_to_nearest(layer.weight, GridSettings(4, True, 0.0), 16).dequantized(torch.float32)
+        want = round_to_nearest(layer.weight, GridSettings(4, sym, mse), 16).dequantized(torch.float32)
         got = layers[name].dequantized(torch.float32)
         assert torch.equal(got, want)
         error = float((want - layer.weight.detach()).square().sum() / layer.weight.detach().square().sum())
@@ -100,6 +102,13 @@ def test_weights_that_are_not_finite_are_refused_by_name(ctx, tmp_path):
     with pytest.raises(ModelError, match="not finite") as caught:
         quantizer().quantize(tmp_path / "m", [], ctx.out / "q", ctx)
     assert caught.value.where == "model.layers.1.mlp.up_proj"
+    assert not any(ctx.out.iterdir())
+
+
+def test_a_stop_leaves_nothing(ctx, tmp_path):
+    ctx.stops = True
+    with pytest.raises(Stopped, match=r"stopped before model\.layers\.0\.self_attn\.q_proj"):
+        quantizer().quantize(save_tiny_model(tmp_path / "m"), [], ctx.out / "q", ctx)
     assert not any(ctx.out.iterdir())
 
 

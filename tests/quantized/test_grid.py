@@ -120,6 +120,7 @@ def test_a_group_size_that_does_not_divide_is_refused_with_those_that_do():
     assert "group_size 128 does not divide" in caught.value.what
     assert "(576, 1536)" in caught.value.what
     assert caught.value.allowed == "192, 96, 64, 48, 32, 24, 16, 12; -1 for one group for each row"
+    assert caught.value.hint == "group_size: auto takes the usual one that fits"
 
 
 @pytest.mark.parametrize("size", [0, -2, 5])
@@ -133,6 +134,7 @@ def test_auto_refuses_where_no_usual_size_divides():
         resolve_group_size("auto", [64, 172])
     assert "neither 128, 64 nor 32 divides" in caught.value.what
     assert caught.value.allowed == "4, 2, 1; -1 for one group for each row"
+    assert caught.value.hint is None
 
 
 @pytest.mark.parametrize(("bits", "mse"), [(3, 0.0), (16, 0.0), (4, -1.0), (4, float("nan"))])
@@ -161,6 +163,17 @@ def test_rounding_does_not_depend_on_how_many_groups_are_fitted_at_once(monkeypa
     apart = round_to_nearest(weight, settings(mse=2.4), 8)
     assert torch.equal(at_once.codes, apart.codes)
     assert torch.equal(at_once.scales, apart.scales)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_only_the_last_step_rounds(dtype):
+    """Grids are fitted in float32, whatever the weights are in, and codes become numbers in float32."""
+    weight = torch.randn(12, 64, generator=torch.Generator().manual_seed(3)).to(dtype)
+    linear = round_to_nearest(weight, settings(mse=2.4), 16)
+    exact = round_to_nearest(weight.float(), settings(mse=2.4), 16)
+    assert torch.equal(linear.scales, exact.scales)
+    assert torch.equal(linear.codes, exact.codes)
+    assert torch.equal(linear.dequantized(dtype), linear.dequantized(torch.float32).to(dtype))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

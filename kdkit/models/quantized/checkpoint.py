@@ -92,7 +92,7 @@ def write_checkpoint(
 def copy_companions(source: Path, directory: Path) -> None:
     """Copy tokenizer, chat template and generation configuration."""
     for name in _COMPANIONS:
-        if name != QUANTIZE_CONFIG and (source / name).is_file():
+        if (source / name).is_file():
             shutil.copyfile(source / name, directory / name)
 
 

@@ -61,6 +61,13 @@ class GptqParams(Params):
         return self
 
 
+def _ready(params: GptqParams) -> None:
+    if params.backend != "reference":
+        from kdkit.plugins.quantizers.backends.environment import require
+
+        require(params.backend)
+
+
 def _gptq(params: GptqParams) -> Quantizer:
     from kdkit.plugins.quantizers.gptq import GptqQuantizer
 
@@ -72,5 +79,6 @@ GPTQ: QuantizerSpec[Any] = QuantizerSpec(
     summary="GPTQ: low-bit weights with error feedback, calibrated on rows of data",
     params=GptqParams,
     build=_gptq,
+    ready=_ready,
     needs_calibration=True,
 )

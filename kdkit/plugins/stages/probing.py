@@ -33,8 +33,8 @@ def probe(subject: Subject, data: Mapping[str, Sequence[Example]], params: Evalu
     """
     prompts = (prompt_ids(subject.encoder, dataset, rows[:8], params) for dataset, rows in data.items())
     ids = [token for of_dataset in prompts for prompt in of_dataset for token in prompt]
-    positions = getattr(subject.model.config.get_text_config(), "max_position_embeddings", None) or _PROMPT
-    length = min(_PROMPT, max(1, int(positions) - _WRITTEN - 1))
+    positions = getattr(subject.model.config.get_text_config(), "max_position_embeddings", None)
+    length = min(_PROMPT, max(1, int(positions) - _WRITTEN - 1)) if positions else _PROMPT
     prompt = (ids * (length // len(ids) + 1))[:length]
     # The first token comes out of the prompt itself.
     reading = min(_seconds(subject, prompt, 1) for _ in range(_TRIES))

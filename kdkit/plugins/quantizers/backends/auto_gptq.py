@@ -18,7 +18,7 @@ from kdkit.api.artifacts import Model
 from kdkit.api.errors import ModelError
 from kdkit.models.load import load_model
 from kdkit.models.quantized.form import old_names
-from kdkit.plugins.quantizers.backends.environment import auto_gptq_state, command_of
+from kdkit.plugins.quantizers.backends.environment import command_of, require
 from kdkit.plugins.quantizers.backends.peer import (
     Follow,
     PeerJob,
@@ -26,7 +26,6 @@ from kdkit.plugins.quantizers.backends.peer import (
     check_common,
     converse,
     environment,
-    require,
     result,
 )
 
@@ -44,7 +43,7 @@ def ready() -> None:
     Raises:
         EnvironmentUnmet: There is not.
     """
-    require("auto-gptq", auto_gptq_state())
+    require("auto-gptq")
 
 
 def check(job: PeerJob) -> None:

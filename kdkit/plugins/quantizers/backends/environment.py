@@ -15,6 +15,7 @@ from typing import Any, Final
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from kdkit.api.errors import EnvironmentUnmet
 from kdkit.plugins.quantizers.backends.peer_process import has_device
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "auto_gptq_state",
     "command_of",
     "gptqmodel_state",
+    "require",
     "states",
 ]
 
@@ -67,7 +69,18 @@ class State:
 
 def states() -> dict[str, State]:
     """Every backend that needs something, by name."""
-    return {"gptqmodel": gptqmodel_state(), "auto-gptq": auto_gptq_state()}
+    return {name: state() for name, state in _STATES.items()}
+
+
+def require(backend: str) -> None:
+    """Check that a backend other than ``reference`` works here, before anything else is done.
+
+    Raises:
+        EnvironmentUnmet: It does not; the hint is what would meet it.
+    """
+    state = _STATES[backend]()
+    if not state.usable:
+        raise EnvironmentUnmet(f"backend {backend} cannot work here: {state.found}", hint=state.hint)
 
 
 def gptqmodel_state() -> State:
@@ -101,6 +114,9 @@ def auto_gptq_state() -> State:
         return State(usable=False, found="; ".join(wrong), hint=how_to_make())
     versions = answer["versions"]
     return State(usable=True, found=f"{versions['auto-gptq']} with transformers {versions['transformers']}")
+
+
+_STATES: Final = {"gptqmodel": gptqmodel_state, "auto-gptq": auto_gptq_state}
 
 
 def _misfits(answer: Mapping[str, Any]) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from kdkit.api.errors import DataError, ModelError
-from kdkit.plugins.quantizers.backends.environment import command_of, gptqmodel_state
+from kdkit.plugins.quantizers.backends.environment import command_of, require
 from kdkit.plugins.quantizers.backends.peer import (
     Follow,
     PeerJob,
@@ -18,7 +18,6 @@ from kdkit.plugins.quantizers.backends.peer import (
     check_common,
     converse,
     environment,
-    require,
     result,
 )
 
@@ -35,7 +34,7 @@ def ready() -> None:
     Raises:
         EnvironmentUnmet: It is not, or in a version that is not known to work.
     """
-    require("gptqmodel", gptqmodel_state())
+    require("gptqmodel")
 
 
 def check(job: PeerJob) -> None:

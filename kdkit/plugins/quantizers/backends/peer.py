@@ -16,9 +16,8 @@ from typing import Any, Final
 from kdkit.api.errors import EnvironmentUnmet, ModelError, StageError, Stopped
 from kdkit.models.quantized.checkpoint import read_checkpoint
 from kdkit.models.quantized.linear import QuantizedLinear
-from kdkit.plugins.quantizers.backends.environment import State
 
-__all__ = ["Follow", "PeerJob", "PeerResult", "check_common", "converse", "environment", "require", "result"]
+__all__ = ["Follow", "PeerJob", "PeerResult", "check_common", "converse", "environment", "result"]
 
 _POLL_SECONDS: Final = 0.25
 _EXIT_SECONDS: Final = 30.0
@@ -89,16 +88,6 @@ class Follow:
 
     progress: Callable[[int, int], None] = lambda _done, _total: None
     stopping: Callable[[], bool] = lambda: False
-
-
-def require(backend: str, state: State) -> None:
-    """Check that the backend works here, before anything else is done.
-
-    Raises:
-        EnvironmentUnmet: It does not; the hint is what would meet it.
-    """
-    if not state.usable:
-        raise EnvironmentUnmet(f"backend {backend} cannot work here: {state.found}", hint=state.hint)
 
 
 def environment(directory: Path, **more: str) -> dict[str, str]:
