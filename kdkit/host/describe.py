@@ -17,6 +17,7 @@ from pydantic.fields import FieldInfo
 from kdkit.api.params import Params, Runtime, iter_fields
 from kdkit.api.protocols import KIND_OF_PROTOCOL
 from kdkit.api.slots import Component, OneOrMore, Ref, Weighted
+from kdkit.host.records import one_line
 
 __all__ = ["ParamDoc", "describe_params", "field_key", "is_union", "param_names", "plain", "unwrap", "yaml_flow"]
 
@@ -108,7 +109,10 @@ def _default(field: FieldInfo) -> Any:
         return _Word("required")
     if field.default_factory_takes_validated_data:
         return _Word("from other parameters")
-    return field.get_default(call_default_factory=True)
+    try:
+        return field.get_default(call_default_factory=True)
+    except Exception as exc:  # noqa: BLE001 - code of a plugin: what is wrong with it stands in its place
+        return _Word(f"raises {one_line(exc)}")
 
 
 # --- types ------------------------------------------------------------------------------------------------------------
