@@ -166,6 +166,10 @@ def test_none_is_unscorable_and_numbers_of_any_kind_are_values():
         (1.0, "it returned a float; allowed: a list"),
         ("ab", "it returned a str; allowed: a list"),
         ({0: 1.0, 1: 2.0}, "it returned a dict; allowed: a list"),
+        ({1.0, 2.0}, "it returned a set; allowed: a list"),
+        (b"ab", "it returned a bytes; allowed: a list"),
+        (torch.tensor(1.0), "it returned a Tensor; allowed: a list"),
+        ([], "it returned 0 rewards for 2 completions"),
     ],
 )
 def test_what_is_no_list_of_rewards_is_refused_by_name(returned, message):
@@ -188,6 +192,10 @@ def state(completions, trainer_state, **kwargs):
     return [0.0] * len(completions)
 
 
+def by_place(completions, solution=None, /, **kwargs):
+    return [0.0] * len(completions)
+
+
 @pytest.mark.parametrize(
     ("fn", "options", "message"),
     [
@@ -195,6 +203,7 @@ def state(completions, trainer_state, **kwargs):
         (partial(asynchronous), {}, "asynchronous is asynchronous"),
         (Asynchronous(), {}, "Asynchronous is asynchronous"),
         (state, {}, "state requires trainer_state, which only TRL's trainer has; give it a default"),
+        (by_place, {}, "by_place takes completions, solution by position only, and is called by names; leave the /"),
         ("org/reward-model", {}, "'org/reward-model' is no function"),
         (contains, {"format": "chat"}, "no format 'chat'; allowed: auto, standard, conversational"),
         (contains, {"columns": {"prompts": "id"}}, "prompts cannot be a column"),
