@@ -17,7 +17,6 @@ from pydantic.fields import FieldInfo
 from kdkit.api.params import Params, Runtime, iter_fields
 from kdkit.api.protocols import KIND_OF_PROTOCOL
 from kdkit.api.slots import Component, OneOrMore, Ref, Weighted
-from kdkit.host.records import one_line
 
 __all__ = ["ParamDoc", "describe_params", "field_key", "is_union", "param_names", "plain", "unwrap", "yaml_flow"]
 
@@ -112,7 +111,7 @@ def _default(field: FieldInfo) -> Any:
     try:
         return field.get_default(call_default_factory=True)
     except Exception as exc:  # noqa: BLE001 - code of a plugin: what is wrong with it stands in its place
-        return _Word(f"raises {one_line(exc)}")
+        return _Word(f"raises {type(exc).__name__}")
 
 
 # --- types ------------------------------------------------------------------------------------------------------------
