@@ -132,6 +132,15 @@ def in_place(source, rows, out, ctx):
     (out / MODEL).write_bytes(bytes(10**6))
 
 
+def beyond_the_end(source, rows, out, ctx):
+    ctx.progress(3, 1)
+    return right(source, rows, out, ctx)
+
+
+def loads_rows_itself(source, rows, out, ctx):
+    return right(source, ctx.load("jsonl"), out, ctx)
+
+
 def in_place_politely(source, rows, out, ctx):
     """Says what happened, and leaves what it wrote."""
     try:
@@ -156,6 +165,8 @@ WRONG = [
     (scaled, LOADS, "logits differ by"),
     (another_tokenizer, LOADS, "the tokenizer is another one"),
     (no_tokenizer, LOADS, "tokenizer"),
+    (beyond_the_end, LOADS, r"progress\(3, 1, {}\) is no progress"),
+    (loads_rows_itself, LOADS, "a quantizer loads no data: jsonl"),
     (wrong_size, SIZE, r"bytes_on_disk is \d+, on the disk are \d+"),
     (a_copy, SIZE, r"(\d+) bytes became \1"),
     (no_bits, SIZE, "bits 0 and group_size"),

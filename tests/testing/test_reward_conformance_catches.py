@@ -175,6 +175,35 @@ class WarmsUp:
         return right(rollouts)
 
 
+class SecondTime:
+    """Changes what it gives when it is asked for the same again."""
+
+    called = False
+
+    def __call__(self, rollouts):
+        scores, again = right(rollouts), self.called
+        self.called = True
+        return self.again(scores) if again else scores
+
+
+class OneLess(SecondTime):
+    def again(self, scores):
+        return scores[1:]
+
+
+class NoNumbers(SecondTime):
+    def again(self, scores):
+        return [RewardScore("ok", None) for _ in scores]
+
+
+def nothing_for_control_characters(rollouts):
+    return [score for rollout, score in pairs(rollouts) if "\x00" not in rollout.text]
+
+
+def a_hundred_at_most(rollouts):
+    return right(rollouts[:100])
+
+
 TELLS, ONE = "test_your_rollouts_tell_something", "test_one_valid_score_per_rollout"
 TWICE, ORDER = "test_the_same_twice_and_from_another_instance", "test_the_order_does_not_matter"
 BESIDE, EARLIER = "test_neighbours_do_not_matter", "test_earlier_calls_do_not_matter"
@@ -197,11 +226,15 @@ WRONG = [
     (unscorable_with_a_value, ONE, "unscorable with a value"),
     (at_random, TWICE, "a second call: rollout"),
     (WarmsUp, TWICE, "a second call: rollout 0"),
+    (OneLess, TWICE, "a second call: 6 scores, not 7"),
+    (NoNumbers, TWICE, "a second call: rollout 0"),
     (sorted_by_length, ORDER, "in another order: rollout"),
     (whitened, BESIDE, "alone: rollout 0"),
     (nothing_for_repeats, BESIDE, "given twice: rollout"),
     (Adapting, EARLIER, "after other calls: rollout"),
     (eats_tokens, STAY, "a rollout was changed"),
+    (nothing_for_control_characters, TEXT, "0 scores for one rollout"),
+    (a_hundred_at_most, TEXT, "not as many scores as hostile rollouts"),
     (divides_by_the_length, TEXT, "division by zero"),
     (encodes_strictly, TEXT, "surrogates not allowed"),
     (numbers_of_any_size, TEXT, "invalid literal for int|Exceeds the limit"),
