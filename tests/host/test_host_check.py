@@ -9,7 +9,7 @@ import pytest
 from kdkit.api import PluginError
 from kdkit.cli.plugins_check import check_plugin
 from kdkit.host import Catalog
-from kdkit.host.check import check_distribution
+from kdkit.host.check import HEAVY, check_distribution
 from kdkit.host.compat import api_range
 
 GOOD = '''
@@ -103,8 +103,6 @@ def test_a_good_distribution_passes(install, capsys):
         (("def sample", "def simple"), "dataset few", "builds with its defaults", "what it builds has no sample"),
         (("self.count = params.rows", "1 / 0"), "dataset few", "builds with its defaults", "ZeroDivisionError"),
         (("build=Loader", "build=Loader, extras=('fast',)"), "dataset few", "declares its extras", "declares no extra"),
-        (("from kdkit.api", "import accelerate\nfrom kdkit.api"), "acme", "imports nothing heavy",
-         "acme_mod loads accelerate; import it inside the function that needs it"),
         (("build=build_metric", "build=eval('lambda params: Metric()')"), "metric none", "says where its code is",
          "<string>:1 is no file; give a function"),
         (("from kdkit.api", "import no_such_module\nfrom kdkit.api"), "acme", "loads", "acme_mod: ModuleNotFoundError"),
@@ -119,6 +117,17 @@ def test_what_is_wrong_is_named(install, change, subject, what, detail):
     found = failures()
     assert (subject, what) in {one[:2] for one in found}, found
     assert any(detail in one[2] for one in found if one[:2] == (subject, what)), found
+
+
+@pytest.mark.parametrize("name", HEAVY)
+def test_each_heavy_package_is_named(install, name):
+    """Alone: the real ones load one another."""
+    light = "from kdkit import hookimpl\n@hookimpl\ndef kdkit_losses():\n    return []\n"
+    modules = {"acme_light": light, "acme_mod": f"import {name}\n{GOOD}", "acme_last": light, name: ""}
+    points = {"a": "acme_light", "b": "acme_mod", "c": "acme_last"}
+    install("acme", modules, requires=NEEDS_KDKIT, entry_points=points)
+    found = [detail for _, what, detail in failures() if what == "imports nothing heavy"]
+    assert found == [f"acme_mod loads {name}; import it inside the function that needs it"]
 
 
 def test_what_builds_on_a_wrong_default_is_left_out(install):
