@@ -116,7 +116,7 @@ class TrlReward:
         fields = {name: value for name in _FIELDS if (value := getattr(example, name)) not in (None, (), "")}
         if "references" in fields:
             fields["references"] = list(example.references)
-        known = {**fields, **example.extra}
+        known = {**example.extra, **fields}
         named = {name: known[source] for name, source in self._columns.items() if source in known}
         return {**{name: value for name, value in example.extra.items() if name not in _NOT_COLUMNS}, **named}
 

@@ -104,6 +104,18 @@ def test_columns_are_made_of_what_the_example_has():
     assert spy.calls[-1]["kind"] == ["sums"]
 
 
+def test_columns_with_names_of_others_neither_hide_nor_show_them():
+    """What TRL's trainer gives under a name of its own is no column, and a field of the example stays what it is."""
+    own = {"prompt": "p", "completion": "c", "trainer_state": 1, "environments": 2, "log_extra": 3, "category": "other"}
+    spy = Spy()
+    example = Example(id="5", prompt="2 + 2 =", completion="4", category="sums", extra=own)
+    from_trl_reward(spy, columns={"solution": "completion", "kind": "category"})([rollout(example=example)])
+    (call,) = spy.calls
+    assert not {"prompt", "completion", "trainer_state", "environments"} & call.keys()
+    assert callable(call["log_extra"])
+    assert (call["solution"], call["kind"], call["category"]) == (["4"], ["sums"], ["other"])
+
+
 def test_columns_that_some_rows_lack_are_none_there():
     spy = Spy()
     rows = [rollout(example=CHAT), rollout(example=Example(id="3", prompt=CHAT.prompt, extra={"tests": ["x"]}))]
