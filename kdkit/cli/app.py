@@ -352,7 +352,12 @@ def plugins_show(
 
 @plugins_app.command("check")
 def plugins_check(
-    dist: Annotated[str, typer.Argument(metavar="DIST", help="An installed distribution, such as kdkit-acme.")],
+    dist: Annotated[
+        str,
+        typer.Argument(
+            metavar="DIST", autocompletion=complete.dists, help="An installed distribution, such as kdkit-acme."
+        ),
+    ],
     *,
     as_json: Json = False,
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,10 +28,8 @@ from kdkit.plugins.quantizers.backends.environment import states
 
 __all__ = ["doctor"]
 
-_NEEDED = ("torch", "transformers", "datasets", "accelerate")
-_GIB = 2**30
-
-
+_NEEDED: Final = ("torch", "transformers", "datasets", "accelerate")
+_GIB: Final = 2**30
 _LITTLE: Final = 2 * _GIB
 """Free bytes below which a small model with one checkpoint may not fit."""
 
@@ -91,15 +90,13 @@ def _hardware() -> Iterator[Check]:
 
 def _disks() -> Iterator[Check]:
     yield _store()
-    temporary = Path(tempfile.gettempdir())
-    free = shutil.disk_usage(temporary).free
-    hint = "" if free >= _LITTLE else "set TMPDIR to a directory on a larger disk"
-    yield Check("temp", "note" if hint else "ok", f"{temporary}, {free / _GIB:.1f} GiB free", hint)
+    yield _temporary()
 
 
 def _store() -> Check:
     root = store_root()
-    existing = next(path for path in (root, *root.parents) if path.exists())
+    # Path.exists raises for what lies in a directory of somebody else.
+    existing = next(path for path in (root, *root.parents) if os.path.exists(path))  # noqa: PTH110
     try:
         check_writable(existing, hint="set KDKIT_STORE to a directory you may write")
     except EnvironmentUnmet as error:
@@ -107,6 +104,16 @@ def _store() -> Check:
     free = shutil.disk_usage(existing).free
     hint = "" if free >= _LITTLE else "set KDKIT_STORE to a directory on a larger disk"
     return Check("store", "note" if hint else "ok", f"{root}, {free / _GIB:.1f} GiB free", hint)
+
+
+def _temporary() -> Check:
+    try:
+        temporary = Path(tempfile.gettempdir())
+    except FileNotFoundError:  # it tries to write to all of them
+        return Check("temp", "missing", "no directory for temporary files can be written", "set TMPDIR to one that can")
+    free = shutil.disk_usage(temporary).free
+    hint = "" if free >= _LITTLE else "set TMPDIR to a directory on a larger disk"
+    return Check("temp", "note" if hint else "ok", f"{temporary}, {free / _GIB:.1f} GiB free", hint)
 
 
 def _models() -> Iterator[Check]:

@@ -11,15 +11,13 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Final
 
-from packaging.version import Version
-
-import kdkit
 from kdkit import api
 from kdkit.api.errors import ExitCode, RecipeError
 from kdkit.api.specs import NAME
 from kdkit.cli.options import Kind
 from kdkit.cli.output import emit, log, shown, visible
 from kdkit.host import Catalog
+from kdkit.host.compat import api_range
 
 __all__ = ["NewPlugin", "new_plugin", "rendered"]
 
@@ -154,7 +152,7 @@ def rendered(plugin: NewPlugin) -> dict[str, str]:
         "acme": plugin.name,
         "Acme": plugin.prefix,
         "COMPONENT_KIND": plugin.kind,
-        "KDKIT_RANGE": _range(kdkit.__version__),
+        "KDKIT_RANGE": api_range(),
         "ABOUT": "",
     }
     own = dict(_texts(root / plugin.kind))
@@ -185,11 +183,3 @@ def _path(path: str, plugin: NewPlugin) -> str:
     if path == "gitignore":
         return ".gitignore"
     return _filled(path, {"kdkit_acme": plugin.module, "acme": plugin.name.replace("-", "_")})
-
-
-def _range(running: str) -> str:
-    """The versions of kdkit that the package is for: those with the API of the running one."""
-    now = Version(running)
-    least = str(now.public) if now.is_prerelease else f"{now.major}.{now.minor}"
-    below = f"{now.major + 1}" if now.major else f"0.{now.minor + 1}"
-    return f">={least},<{below}"
