@@ -13,8 +13,8 @@ from typing import Any
 import typer
 
 __all__ = [
-    "files", "kinds", "kinds_and_names", "known_models", "models", "names", "recipes", "reports", "runs", "sandboxes",
-    "settings", "stages", "variables",
+    "dists", "files", "kinds", "kinds_and_names", "known_models", "models", "names", "recipes", "reports", "runs",
+    "sandboxes", "settings", "stages", "variables",
 ]  # fmt: skip
 
 
@@ -94,6 +94,13 @@ def kinds_and_names(incomplete: str) -> list[str]:
 
     known = component_names()
     return _starting([*known.kinds, *known.names, *known.dists], incomplete)
+
+
+def dists(incomplete: str) -> list[str]:
+    """Distributions that provide components."""
+    from kdkit.cli.complete_names import component_names
+
+    return _starting(component_names().dists, incomplete)
 
 
 def sandboxes(incomplete: str) -> list[str]:
