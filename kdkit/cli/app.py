@@ -6,7 +6,7 @@ import io
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Final, Literal, NoReturn
+from typing import Annotated, Final, Literal, NoReturn, get_args
 
 import typer
 
@@ -22,6 +22,8 @@ __all__ = ["app", "main"]
 _NAME: Final = "kdkit"
 _COMPLETING: Final = "_KDKIT_COMPLETE"
 """Set by the scripts that --install-completion writes."""
+_INTERRUPTED: Final = 130
+"""What shells make of a program that Ctrl-C ended."""
 
 app = group("Turn a large language model into a small one from one YAML recipe.")
 plugins_app = group("See what is installed.")
@@ -302,7 +304,15 @@ def schema(
 def new_plugin(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Of the component, such as my-loss.")],
     *,
-    kind: Annotated[Kind, typer.Option("--kind", help="What it is.")],
+    kind: Annotated[
+        str | None,
+        typer.Option(
+            "--kind",
+            metavar="KIND",
+            autocompletion=complete.kinds,
+            help=f"What it is: {', '.join(get_args(Kind))}; required.",
+        ),
+    ] = None,
     parent: Annotated[Path, typer.Option("--dir", metavar="DIR", help="Where kdkit-NAME/ is made.")] = Path(),
 ) -> None:
     """Write a package with a component of your own that works, tests included, and print the next three commands.
@@ -374,6 +384,14 @@ def main() -> NoReturn:
         sys.stdout.reconfigure(errors="backslashreplace")
     if _COMPLETING in os.environ:
         app(prog_name=_NAME)  # ends here: a shell waits, and what errors need would take most of the time
+    try:
+        sys.exit(_run())
+    except KeyboardInterrupt:  # while something was imported: within a command typer sees to it
+        sys.exit(_INTERRUPTED)
+
+
+def _run() -> int:
+    """Run the command; its exit code where it does not exit by itself."""
     from kdkit.api.errors import KdkitError
 
     try:
@@ -382,5 +400,5 @@ def main() -> NoReturn:
         from kdkit.cli.output import print_error
 
         print_error(error)
-        sys.exit(int(error.exit_code))
-    sys.exit(0)
+        return int(error.exit_code)
+    return 0

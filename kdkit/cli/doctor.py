@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -15,7 +16,7 @@ from kdkit.api.specs import SandboxSpec
 from kdkit.cli.checks import Check
 from kdkit.cli.doctor_hub import HubQuestion
 from kdkit.cli.doctor_speed import measured, speed_checks
-from kdkit.cli.output import emit, emit_json
+from kdkit.cli.output import emit, emit_json, wrapped
 from kdkit.engine.env import versions
 from kdkit.engine.files import check_writable
 from kdkit.engine.hardware import cpu_name, cuda_devices, memory_bytes, resolve_precision, threads
@@ -64,11 +65,18 @@ def doctor(*, as_json: bool, quick: bool = False) -> int:
     if as_json:
         emit_json({"checks": [asdict(check) for check in checks], "matmul": speeds, "extras": extras})
     else:
-        for check in checks:
-            line = f"{check.status:<8}{check.name:<14}{check.found}"
-            emit(f"{line}  ({check.hint})" if check.hint else line)
+        _print(checks)
     missing = any(check.status == "missing" for check in checks)
     return int(ExitCode.ENVIRONMENT if missing else ExitCode.OK)
+
+
+def _print(checks: Sequence[Check]) -> None:
+    """A line for each check; a terminal gets it in lines of its own width, with what was found in one column."""
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    for check in checks:
+        head = f"{check.status:<8}{check.name:<14}"
+        line = f"{head}{check.found}" + (f"  ({check.hint})" if check.hint else "")
+        emit(wrapped(line, width, len(head)) if width else line)
 
 
 def _software() -> Iterator[Check]:

@@ -82,6 +82,7 @@ def test_components_and_models(here):
     assert {"loss", "forward-kl", "kdkit"} <= set(shown)
     assert len(shown) == len(set(shown))
     assert complete("plugins", "check", "kd") == ["kdkit"]
+    assert complete("new-plugin", "mine", "--kind", "s") == ["stage", "sandbox"]
     assert "auto" in complete("sandbox", "check", "")
     assert complete("models", "pull", "") == ["smollm2-135m-instruct"]
     assert complete("generate", "--model", "base=smol") == ["base=smollm2-135m-instruct"]

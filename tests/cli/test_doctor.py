@@ -312,3 +312,19 @@ def test_the_command_itself_loads_no_torch(tmp_path):
     assert [check["found"] for check in found["checks"] if check["name"] == "matmul"] == [
         "cpu fp32: 2 GFLOP/s (n = 256, 1 thread)"
     ]
+
+
+def test_a_terminal_gets_lines_of_its_width_and_a_file_one_for_each_check(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: False)
+    assert doctor.doctor(as_json=False, quick=True) == 0
+    whole = capsys.readouterr().out.splitlines()
+    assert max(map(len, whole)) > 120
+    assert all(line.startswith(("ok ", "note ")) for line in whole)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert doctor.doctor(as_json=False, quick=True) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > len(whole)
+    assert [line for line in lines if len(line) > 80 and " " in line[22:]] == []
+    assert all(line[:22].strip() == "" for line in lines if not line.startswith(("ok ", "note ")))
+    assert " ".join(" ".join(lines).split()) == " ".join(" ".join(whole).split())

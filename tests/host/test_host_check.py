@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from kdkit.api import PluginError
+from kdkit.api import PluginError, RecipeError
 from kdkit.cli.plugins_check import check_plugin
 from kdkit.host import Catalog
 from kdkit.host.check import HEAVY, check_distribution
@@ -216,3 +216,27 @@ def test_an_object_with_hooks_is_a_plugin_for_tests(catalog):
     assert found.find("loss", "test-only/mine").qualified_name == "test-only/mine"
     with pytest.raises(PluginError, match="implements no hook"):
         catalog().with_plugin(SimpleNamespace(), "test-only")
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("away", "'away' is a component, and no distribution; did you mean acme?"),
+        ("./acme/", "'./acme/' is no name of a distribution; did you mean acme?"),
+        ("acme/away", "'acme/away' is no name of a distribution; did you mean acme?"),
+        ("a b", "'a b' is no name of a distribution; give one such as kdkit-acme"),
+        ("", "'' is no name of a distribution; give one such as kdkit-acme"),
+    ],
+)
+def test_what_names_no_distribution_is_refused_with_the_one_that_was_meant(install, text, line):
+    install("acme", {"acme_mod": GOOD}, requires=NEEDS_KDKIT)
+    with pytest.raises(RecipeError) as error:
+        check_plugin(text, as_json=False)
+    assert str(error.value) == line
+
+
+def test_a_distribution_that_shares_its_name_with_a_component_is_checked(install, capsys):
+    install("acme", {"acme_mod": GOOD}, requires=NEEDS_KDKIT)
+    install("few", {"few_mod": GOOD}, requires=NEEDS_KDKIT)
+    assert check_plugin("few", as_json=False) == 0
+    assert "few: 20 checks passed" in capsys.readouterr().out
