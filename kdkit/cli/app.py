@@ -13,6 +13,7 @@ import typer
 from kdkit.cli import complete
 from kdkit.cli.models_app import models_app
 from kdkit.cli.options import First, Force, Fresh, Json, Kind, Only, Recipe, Sets, Until, Variables, group
+from kdkit.cli.plugins_app import plugins_app
 from kdkit.cli.rewards_app import rewards_app
 from kdkit.cli.runs_app import RUNS, Out, runs_app
 from kdkit.cli.sandbox_app import sandbox_app
@@ -26,7 +27,6 @@ _INTERRUPTED: Final = 130
 """What shells make of a program that Ctrl-C ended."""
 
 app = group("Turn a large language model into a small one from one YAML recipe.")
-plugins_app = group("See what is installed.")
 app.add_typer(plugins_app, name="plugins")
 app.add_typer(runs_app, name="runs")
 app.add_typer(models_app, name="models")
@@ -322,59 +322,6 @@ def new_plugin(
     from kdkit.cli.new_plugin import new_plugin as body
 
     raise typer.Exit(body(name, kind, parent))
-
-
-@plugins_app.command("list")
-def plugins_list(
-    *,
-    kind: Annotated[
-        str | None,
-        typer.Option("--kind", metavar="KIND", autocompletion=complete.kinds, help="Only this kind, such as loss."),
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """List all components and the plugins that are broken."""
-    from kdkit.cli.plugins import list_plugins
-
-    raise typer.Exit(list_plugins(as_json, kind))
-
-
-@plugins_app.command("show")
-def plugins_show(
-    kind: Annotated[
-        str,
-        typer.Argument(
-            metavar="[KIND]", autocompletion=complete.kinds_and_names, help="Such as loss; may be left out."
-        ),
-    ],
-    name: Annotated[
-        str | None,
-        typer.Argument(metavar="NAME", autocompletion=complete.names, help="A component, or a distribution."),
-    ] = None,
-    *,
-    as_json: Json = False,
-) -> None:
-    """Show a component's parameters with a snippet for a recipe, or what a distribution provides."""
-    from kdkit.cli.plugins import show_plugin
-
-    raise typer.Exit(show_plugin(kind, name, as_json))
-
-
-@plugins_app.command("check")
-def plugins_check(
-    dist: Annotated[
-        str,
-        typer.Argument(
-            metavar="DIST", autocompletion=complete.dists, help="An installed distribution, such as kdkit-acme."
-        ),
-    ],
-    *,
-    as_json: Json = False,
-) -> None:
-    """Check an installed plugin: imports, declarations, builders, samples. Exit code 3 when a check fails."""
-    from kdkit.cli.plugins_check import check_plugin
-
-    raise typer.Exit(check_plugin(dist, as_json=as_json))
 
 
 def main() -> NoReturn:

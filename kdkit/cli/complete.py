@@ -104,13 +104,6 @@ def dists(incomplete: str) -> list[str]:
     return _starting([*known.dists, *known.broken], incomplete)
 
 
-def dists(incomplete: str) -> list[str]:
-    """Distributions that provide components."""
-    from kdkit.cli.complete_names import component_names
-
-    return _starting(component_names().dists, incomplete)
-
-
 def sandboxes(incomplete: str) -> list[str]:
     """Sandboxes."""
     from kdkit.cli.complete_names import component_names
