@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from kdkit.testing.conformance.metric import MetricConformance
     from kdkit.testing.conformance.policy import PolicyLossConformance
     from kdkit.testing.conformance.quantizer import QuantizerConformance
+    from kdkit.testing.conformance.representation import RepresentationLossConformance
     from kdkit.testing.conformance.reward import RewardConformance
     from kdkit.testing.conformance.rollout import RolloutConformance
     from kdkit.testing.conformance.sandbox import SandboxConformance
@@ -26,6 +27,7 @@ __all__ = [
     "MetricConformance",
     "PolicyLossConformance",
     "QuantizerConformance",
+    "RepresentationLossConformance",
     "RewardConformance",
     "RolloutConformance",
     "SandboxConformance",
@@ -40,6 +42,7 @@ _MODULES: Final = {
     "MetricConformance": "metric",
     "PolicyLossConformance": "policy",
     "QuantizerConformance": "quantizer",
+    "RepresentationLossConformance": "representation",
     "RewardConformance": "reward",
     "RolloutConformance": "rollout",
     "SandboxConformance": "sandbox",
