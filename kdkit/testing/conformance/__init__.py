@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
+    from kdkit.testing.conformance.aligned import AlignedLossConformance
     from kdkit.testing.conformance.dataset import DatasetConformance
     from kdkit.testing.conformance.loss import TokenLossConformance
     from kdkit.testing.conformance.metric import MetricConformance
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from kdkit.testing.conformance.tracker import TrackerConformance
 
 __all__ = [
+    "AlignedLossConformance",
     "DatasetConformance",
     "MetricConformance",
     "PolicyLossConformance",
@@ -38,6 +40,7 @@ __all__ = [
 ]
 
 _MODULES: Final = {
+    "AlignedLossConformance": "aligned",
     "DatasetConformance": "dataset",
     "MetricConformance": "metric",
     "PolicyLossConformance": "policy",

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from kdkit.api import TokenBatch, TokenLoss
 
-__all__ = ["CUTS", "EngineInvariance", "engine_rows", "flat", "gradients_of", "laid", "same_gradients"]
+__all__ = ["CUTS", "EngineInvariance", "Signals", "engine_rows", "flat", "gradients_of", "laid", "same_gradients"]
 
 _VOCABULARY = 259
 CUTS = (  # micro-batch size, padding side or rows laid end to end, tokens of a block
@@ -92,7 +92,7 @@ class EngineInvariance:
         tokens, loss = sum(row.targets for row in rows), 0.0
         for part in micro_batches(rows, size):
             batch = laid(part, side)
-            signals = _Signals.of(teacher, batch) if self.teacher else None
+            signals = Signals.of(teacher, batch) if self.teacher else None
             measured = objective(batch, signals, 1 / tokens)
             measured.loss.backward()
             loss += float(measured.loss.detach())
@@ -100,17 +100,21 @@ class EngineInvariance:
 
 
 @dataclass(frozen=True, slots=True)
-class _Signals:
+class Signals:
+    """A model's logits for the learned tokens of a batch, as a teacher in this process gives them."""
+
     parts: CausalParts
     hidden: Tensor
 
     @classmethod
-    def of(cls, model: LlamaForCausalLM, batch: TokenBatch) -> _Signals:
+    def of(cls, model: LlamaForCausalLM, batch: TokenBatch) -> Signals:
+        """Those of this model."""
         parts = split(model)
         with torch.no_grad():
             return cls(parts, valid_hidden(parts.trunk, batch))
 
     def block(self, start: int, stop: int, /) -> Dense:
+        """Of tokens ``start`` to ``stop``."""
         with torch.no_grad():
             return Dense(self.parts.project(self.hidden[start:stop]))
 
