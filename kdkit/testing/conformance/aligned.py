@@ -164,8 +164,7 @@ class AlignedLossConformance(AlignedEngineInvariance):
 
     def test_the_inputs_stay_as_they_are(self) -> None:
         """In float32 an upcast is no copy, so that what follows it in place writes into what other losses read."""
-        names = ("student_logits", "teacher_logits", "student_labels", "teacher_labels")
-        names += ("student_groups", "teacher_groups")
+        names = [f"{side}_{what}" for side in ("student", "teacher") for what in ("logits", "labels", "groups")]
         for dtype in (torch.float32, torch.float64):
             for grad in (False, True):
                 x = cast(groups(), dtype)

@@ -51,8 +51,8 @@ class AlignedEngineInvariance:
             same_gradients(got, wanted, 1e-8, f"micro-batches of {size}, {side}, blocks of {block} tokens")
 
     def test_bf16_products_stay_near_float64(self) -> None:
-        rows = _rows()
-        wanted = self._one_group_at_a_time(*(model.double() for model in _models()), rows)
+        student, teacher, rows = *(model.double() for model in _models()), _rows()
+        wanted = self._one_group_at_a_time(student, teacher, rows)
         _, got = self._through_the_engine(*_models(), rows, 4, "right", 16, torch.bfloat16)
         cosine = torch.nn.functional.cosine_similarity(flat(got), flat(wanted[1]), dim=0)
         assert cosine > 0.98, f"with bf16 products the gradient points elsewhere (cosine {float(cosine):.3f})"

@@ -35,7 +35,8 @@ def groups(
         rows = int(counts.sum())
         logits.append(spread * torch.randn(rows, width, generator=generator, dtype=torch.float64))
         labels.append(torch.randint(0, width, (rows,), generator=generator))
-    return AlignedLossInputs(*logits, *labels, *members, len(sizes))
+    (own, its), (mine, theirs), (left, right) = logits, labels, members
+    return AlignedLossInputs(own, its, mine, theirs, left, right, len(sizes))
 
 
 def leaves(x: AlignedLossInputs) -> AlignedLossInputs:
