@@ -9,11 +9,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
+    from kdkit.testing.conformance.aligned import AlignedLossConformance
     from kdkit.testing.conformance.dataset import DatasetConformance
     from kdkit.testing.conformance.loss import TokenLossConformance
     from kdkit.testing.conformance.metric import MetricConformance
     from kdkit.testing.conformance.policy import PolicyLossConformance
     from kdkit.testing.conformance.quantizer import QuantizerConformance
+    from kdkit.testing.conformance.representation import RepresentationLossConformance
     from kdkit.testing.conformance.reward import RewardConformance
     from kdkit.testing.conformance.rollout import RolloutConformance
     from kdkit.testing.conformance.sandbox import SandboxConformance
@@ -22,10 +24,12 @@ if TYPE_CHECKING:
     from kdkit.testing.conformance.tracker import TrackerConformance
 
 __all__ = [
+    "AlignedLossConformance",
     "DatasetConformance",
     "MetricConformance",
     "PolicyLossConformance",
     "QuantizerConformance",
+    "RepresentationLossConformance",
     "RewardConformance",
     "RolloutConformance",
     "SandboxConformance",
@@ -36,10 +40,12 @@ __all__ = [
 ]
 
 _MODULES: Final = {
+    "AlignedLossConformance": "aligned",
     "DatasetConformance": "dataset",
     "MetricConformance": "metric",
     "PolicyLossConformance": "policy",
     "QuantizerConformance": "quantizer",
+    "RepresentationLossConformance": "representation",
     "RewardConformance": "reward",
     "RolloutConformance": "rollout",
     "SandboxConformance": "sandbox",

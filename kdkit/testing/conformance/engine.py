@@ -18,15 +18,15 @@ from kdkit.train.packing import pack
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from torch import Tensor
+    from torch import Tensor, nn
     from transformers import LlamaForCausalLM
 
     from kdkit.api import TokenBatch, TokenLoss
 
-__all__ = ["EngineInvariance"]
+__all__ = ["CUTS", "EngineInvariance", "Signals", "engine_rows", "flat", "gradients_of", "laid", "same_gradients"]
 
 _VOCABULARY = 259
-_CUTS = (  # micro-batch size, padding side or rows laid end to end, tokens of a block
+CUTS = (  # micro-batch size, padding side or rows laid end to end, tokens of a block
     (1, "right", 1),
     (2, "left", 3),
     (4, "packed", 7),
@@ -48,18 +48,18 @@ class EngineInvariance:
         raise NotImplementedError
 
     def test_the_gradient_is_that_of_whole_rows_however_they_are_cut(self) -> None:
-        student, teacher, rows = tiny_model().double().train(), tiny_model(seed=1).double(), _rows()
+        student, teacher, rows = tiny_model().double().train(), tiny_model(seed=1).double(), engine_rows()
         wanted = self._one_row_at_a_time(student, teacher, rows)
-        for size, side, block in _CUTS:
+        for size, side, block in CUTS:
             got = self._through_the_engine(student, teacher, rows, size, side, block)
-            _same(got, wanted, 1e-8, f"micro-batches of {size}, {side}, blocks of {block} tokens")
+            same_gradients(got, wanted, 1e-8, f"micro-batches of {size}, {side}, blocks of {block} tokens")
 
     def test_bf16_products_stay_near_float64(self) -> None:
-        rows, weights = _rows(), tiny_model(seed=1)
+        rows, weights = engine_rows(), tiny_model(seed=1)
         wanted = self._one_row_at_a_time(tiny_model().double().train(), tiny_model(seed=1).double(), rows)
         student = tiny_model().train()
         _, got = self._through_the_engine(student, weights, rows, 4, "right", 16, torch.bfloat16)
-        cosine = torch.nn.functional.cosine_similarity(_flat(got), _flat(wanted[1]), dim=0)
+        cosine = torch.nn.functional.cosine_similarity(flat(got), flat(wanted[1]), dim=0)
         assert cosine > 0.98, f"with bf16 products the gradient points elsewhere (cosine {float(cosine):.3f})"
 
     def _one_row_at_a_time(
@@ -75,7 +75,7 @@ class EngineInvariance:
             mine = student(input_ids=ids).logits[0, :-1][learned]
             total = total + self.reference(wanted, mine, ids[0, 1:][learned]).sum() / tokens
         total.backward()
-        return float(total.detach()), _gradients(student)
+        return float(total.detach()), gradients_of(student)
 
     def _through_the_engine(
         self,
@@ -91,31 +91,35 @@ class EngineInvariance:
         objective = CausalObjective(student, [LossTerm("loss", 1.0, self.build())], block=block, compute=compute)
         tokens, loss = sum(row.targets for row in rows), 0.0
         for part in micro_batches(rows, size):
-            batch = _batch(part, side)
-            signals = _Signals.of(teacher, batch) if self.teacher else None
+            batch = laid(part, side)
+            signals = Signals.of(teacher, batch) if self.teacher else None
             measured = objective(batch, signals, 1 / tokens)
             measured.loss.backward()
             loss += float(measured.loss.detach())
-        return loss, _gradients(student)
+        return loss, gradients_of(student)
 
 
 @dataclass(frozen=True, slots=True)
-class _Signals:
+class Signals:
+    """A model's logits for the learned tokens of a batch, as a teacher in this process gives them."""
+
     parts: CausalParts
     hidden: Tensor
 
     @classmethod
-    def of(cls, model: LlamaForCausalLM, batch: TokenBatch) -> _Signals:
+    def of(cls, model: LlamaForCausalLM, batch: TokenBatch) -> Signals:
+        """Those of this model."""
         parts = split(model)
         with torch.no_grad():
             return cls(parts, valid_hidden(parts.trunk, batch))
 
     def block(self, start: int, stop: int, /) -> Dense:
+        """Of tokens ``start`` to ``stop``."""
         with torch.no_grad():
             return Dense(self.parts.project(self.hidden[start:stop]))
 
 
-def _rows() -> list[Encoded]:
+def engine_rows() -> list[Encoded]:
     """Rows of unequal length whose ids include the one that fills."""
     generator = torch.Generator().manual_seed(0)
     rows = []
@@ -126,7 +130,8 @@ def _rows() -> list[Encoded]:
     return rows
 
 
-def _batch(rows: Sequence[Encoded], layout: str) -> TokenBatch:
+def laid(rows: Sequence[Encoded], layout: str) -> TokenBatch:
+    """The rows padded on one side, or end to end."""
     if layout == "packed":
         return pack(rows)
     batch = collate(rows, side="left" if layout == "left" else "right")
@@ -135,17 +140,20 @@ def _batch(rows: Sequence[Encoded], layout: str) -> TokenBatch:
     return batch
 
 
-def _gradients(model: LlamaForCausalLM) -> dict[str, Tensor]:
+def gradients_of(model: nn.Module) -> dict[str, Tensor]:
+    """Of the parameters that have one, by name."""
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def _flat(gradients: dict[str, Tensor]) -> Tensor:
+def flat(gradients: dict[str, Tensor]) -> Tensor:
+    """All of them as one vector in float64."""
     return torch.cat([gradients[name].double().flatten() for name in sorted(gradients)])
 
 
-def _same(
+def same_gradients(
     got: tuple[float, dict[str, Tensor]], wanted: tuple[float, dict[str, Tensor]], rtol: float, what: str
 ) -> None:
+    """Fails unless loss and gradients agree, each relative to its largest element."""
     assert abs(got[0] - wanted[0]) <= rtol * abs(wanted[0]), f"{what}: loss {got[0]}, wanted {wanted[0]}"
     for name, gradient in wanted[1].items():
         error = (got[1][name] - gradient).abs().max() / gradient.abs().max().clamp_min(1e-12)
