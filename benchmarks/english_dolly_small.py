@@ -59,7 +59,8 @@ def main() -> None:
 
 def publish(run: Path, minutes: float) -> None:
     """Write the page and the figures of a finished run."""
-    report = (run / "report.md").read_text(encoding="utf-8")
+    # Without its title, since the page has one, and as every reader of Markdown shows it.
+    _, _, report = (run / "report.md").read_text(encoding="utf-8").partition("\n\n")
     head = (
         "# The English experiment of the paper, at a size for a laptop\n\n"
         "Made by `benchmarks/english_dolly_small.py`, not by hand. Teacher: SmolLM2-135M-Instruct after "
@@ -67,7 +68,7 @@ def publish(run: Path, minutes: float) -> None:
         f"or KD, eight rows each; {minutes:.0f} minutes on two CPU cores. It shows that the recipe works and how its "
         "report reads; it says nothing about the paper's models.\n\n"
     )
-    (ROOT / "docs" / "english-dolly-small.md").write_text(head + report, encoding="utf-8")
+    (ROOT / "docs" / "english-dolly-small.md").write_text(head + report.replace("\\<", "&lt;"), encoding="utf-8")
     figures = json.loads((run / "report.json").read_text(encoding="utf-8"))
     for model in figures["models"].values():
         del model["path"]  # of one machine

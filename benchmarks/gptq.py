@@ -20,10 +20,12 @@ import math
 import os
 import platform
 import random
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -231,6 +233,30 @@ def own(facts: dict[str, Any]) -> float:
     return time.monotonic() - start
 
 
+class Peak(threading.Thread):
+    """The most memory that a process held, read again and again while it lives.
+
+    What wait4 says of it counts what its parent held when it was started, too.
+    """
+
+    def __init__(self, pid: int) -> None:
+        super().__init__(daemon=True)
+        self.status, self.kilobytes, self.over = Path(f"/proc/{pid}/status"), 0, threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        while not self.over.wait(0.05):
+            # One that has ended has no memory, until it is waited for.
+            if (found := re.search(r"^VmHWM:\s+(\d+)", self.status.read_text(), re.MULTILINE)) is not None:
+                self.kilobytes = int(found[1])
+
+    def stop(self) -> int:
+        """Bytes."""
+        self.over.set()
+        self.join()
+        return self.kilobytes * 1024
+
+
 def spawn(task: Task, peer_python: str) -> dict[str, Any]:
     """Seconds, peak memory and, from gptqmodel, its version."""
     from kdkit.plugins.quantizers.backends.environment import CHILD
@@ -250,7 +276,9 @@ def spawn(task: Task, peer_python: str) -> dict[str, Any]:
         assert process.stdout is not None
         process.stdin.write(json.dumps({**task.facts(), "who": who}).encode() + b"\n")
         process.stdin.flush()
+        watch = Peak(process.pid)
         messages = [json.loads(line) for line in process.stdout]
+        peak = watch.stop()
         _, status, used = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode or "done" not in messages[-1]:
@@ -260,7 +288,7 @@ def spawn(task: Task, peer_python: str) -> dict[str, Any]:
     return {
         "seconds": round(done["seconds"], 1),
         "cpu_seconds": round(used.ru_utime + used.ru_stime, 1),
-        "peak_bytes": used.ru_maxrss * 1024,
+        "peak_bytes": peak,
         **({"version": done["version"]} if who == PEER else {}),
     }
 

@@ -26,31 +26,44 @@ All of this is written from the program: parameters, types, defaults and bounds 
 API = {
     "kdkit": "What a script calls: run, validate and build recipes and components. Names load on first use.",
     "kdkit.api": "What a plugin imports. Light: it loads neither torch nor transformers.",
-    "kdkit.testing": "What a plugin's tests import; [Is my loss right?](../conformance.md) says how.",
+    "kdkit.adapters": "Reward functions of TRL in kdkit, and the other way round: [how](../how-to/trl-rewards.md).",
+    "kdkit.testing": "What a plugin's tests import; [Is my plugin right?](../conformance.md) says how.",
     "kdkit.testing.conformance": "Test suites to subclass, one for each kind of component that has one.",
 }
 
 
-def cell(text: str) -> str:
-    """Text for a table cell."""
+def prose(text: str) -> str:
+    """Text whose ``<tags>`` are no HTML; code stays as it is."""
+    parts = re.compile(r"(`+).*?\1|<(?=[A-Za-z/!])", re.DOTALL)
+    return parts.sub(lambda found: found[0] if found[1] else "&lt;", text)
+
+
+def line(text: str) -> str:
+    """Text on a line of a table."""
     return text.replace("|", "\\|").replace("\n", " ")
+
+
+def cell(text: str) -> str:
+    """Prose for a table cell."""
+    return line(prose(text))
 
 
 def constraint(text: str) -> str:
     """A constraint for a table cell; the brackets of a pattern are no link."""
-    return re.sub(r"matches (\S+)", r"matches `\1`", cell(text))
+    return re.sub(r"matches (\S+)", r"matches `\1`", line(text))
 
 
 def component(entry: Entry, catalog: Catalog) -> str:
     """The section of one component."""
     rows = "".join(
-        f"| `{p.name}` | {cell(p.type)} | `{cell(p.default)}` | {constraint(p.constraint)} | {cell(p.doc)} |\n"
+        f"| `{p.name}` | {cell(p.type)} | `{line(p.default)}` | {constraint(p.constraint)} | {cell(p.doc)} |\n"
         for p in describe_params(entry.spec.params)
     )
     table = f"| parameter | type | default | constraint | |\n|---|---|---|---|---|\n{rows}\n" if rows else ""
-    about = inspect.cleandoc(entry.spec.params.__doc__ or "")
+    texts = dict.fromkeys([f"{entry.spec.summary}.", inspect.cleandoc(entry.spec.params.__doc__ or "")])
+    about = prose("\n\n".join(texts))
     snippet = yaml_snippet(entry, catalog)
-    return f"## {entry.name}\n\n{entry.spec.summary}.\n\n{about}\n\n{table}```yaml\n{snippet}```\n"
+    return f"## {entry.name}\n\n{about}\n\n{table}```yaml\n{snippet}```\n"
 
 
 def plural(kind: str) -> str:
@@ -101,7 +114,8 @@ def command_section(path: str, command: Any) -> str:
     if example:
         parts.append(f"```console\n{textwrap.dedent(example).strip()}\n```")
     records = [parameter.get_help_record(context) for parameter in command.params]
-    rows = [f"| `{cell(names)}` | {cell(about)} |" for names, about in filter(None, records)]
+    # Not every reader of Markdown takes the sign of a column for itself within code, escaped or not.
+    rows = [f"| `{names.replace('|', ', ')}` | {cell(about)} |" for names, about in filter(None, records)]
     if rows:
         parts.append("\n".join(["| | |", "|---|---|", *rows]))
     return "\n\n".join(parts) + "\n"

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from kdkit.host.compat import api_range
+
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "kdkit").rglob("*.py"))
 CONTRIB = sorted((ROOT / "plugins-contrib").glob("*/kdkit_*/**/*.py"))
@@ -134,6 +136,9 @@ def test_every_contributed_package_is_complete():
         assert (package / "py.typed").is_file(), name
         assert (project.parent / "README.md").is_file(), name
         if name != "kdkit-broken-too-new":
+            assert f"kdkit{api_range()}" in settings["project"]["dependencies"], (
+                f"{name}: see docs/how-to/api-stability.md"
+            )
             assert list((project.parent / "tests").glob("test_*.py")), name
             assert (project.parent / "recipe.yaml").is_file(), name
             assert f"## {name}\n" in (ROOT / "docs" / "how-to" / "contrib.md").read_text(encoding="utf-8")

@@ -39,6 +39,13 @@ def test_every_built_in_component_and_parameter_is_documented():
             assert field.description, f"{entry.kind} {entry.name}: {name} has no text"
 
 
+def test_no_text_is_lost_as_html():
+    """``<think>`` in a text is a word, and a browser would show nothing."""
+    outside = re.compile(r"```.*?```|(`+).*?\1|<!-- .*? -->", re.DOTALL)
+    for name, page in generator().pages().items():
+        assert re.findall(r"<[A-Za-z/!][^>]*>", outside.sub("", page)) == [], name
+
+
 def test_every_hook_is_documented():
     page = generator().pages()["hooks.md"]
     for name in (name for name in vars(HookSpecs) if name.startswith("kdkit_")):

@@ -139,6 +139,19 @@ def test_the_tutorial_with_rows_of_ones_own_runs(tmp_path, monkeypatch):
     assert result.report["models"]["kd"]["metrics"]["rouge-l"]["n"] >= 2
 
 
+def test_the_mistakes_that_the_tutorial_shows_are_named_as_it_says(tmp_path, monkeypatch):
+    import kdkit
+
+    monkeypatch.chdir(tmp_path)
+    page = blocks(ROOT / "docs" / "tutorial" / "your-data.md")
+    (recipe,) = [block.text for block in page if block.title == "my.yaml"]
+    (shown,) = [block.text for block in page if block.language == "text"]
+    (tmp_path / "rows.jsonl").touch()
+    wrong = recipe.replace("use: jsonl,", "use: jsonlines,", 1).replace("max_steps:", "max_stepz:")
+    (tmp_path / "my.yaml").write_text(wrong)
+    assert [str(problem) for problem in kdkit.validate("my.yaml")] == shown.splitlines()
+
+
 def test_the_plugin_of_the_tutorial_runs_from_a_file(tmp_path, monkeypatch):
     import kdkit
 

@@ -73,10 +73,12 @@ def test_formulas_are_mathml(site):
 
 def test_the_api_reference_has_what_is_public(site):
     import kdkit
+    import kdkit.adapters
     import kdkit.api
 
     text = (site / "reference" / "api.html").read_text(encoding="utf-8")
-    public = [name for module in (kdkit, kdkit.api) for name in module.__all__ if not name.startswith("__")]
+    modules = (kdkit, kdkit.api, kdkit.adapters)
+    public = [name for module in modules for name in module.__all__ if not name.startswith("__")]
     missing = [name for name in public if not re.search(rf'id="kdkit\.[a-z_.]*{name}"', text)]
     assert missing == [], "mkdocstrings leaves out what has no docstring"
 

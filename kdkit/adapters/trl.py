@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from functools import partial
 from typing import Any, Final, Literal, TypeAlias
 
@@ -63,6 +63,9 @@ def from_trl_reward(
         raise PluginError(
             f"{name} is asynchronous", where="from_trl_reward", hint="give a function that returns a list"
         )
+    if hidden := [given.name for given in _parameters(fn) if given.kind is given.POSITIONAL_ONLY]:
+        what = f"{name} takes {', '.join(hidden)} by position only, and is called by names"
+        raise PluginError(what, where="from_trl_reward", hint="leave the / in its signature out")
     if lacking := [wanted for wanted in _OF_TRAINER if wanted in _required(fn)]:
         what = f"{name} requires {', '.join(lacking)}, which only TRL's trainer has"
         raise PluginError(what, where="from_trl_reward", hint="give it a default")
@@ -113,7 +116,7 @@ class TrlReward:
         fields = {name: value for name in _FIELDS if (value := getattr(example, name)) not in (None, (), "")}
         if "references" in fields:
             fields["references"] = list(example.references)
-        known = {**fields, **example.extra}
+        known = {**example.extra, **fields}
         named = {name: known[source] for name, source in self._columns.items() if source in known}
         return {**{name: value for name, value in example.extra.items() if name not in _NOT_COLUMNS}, **named}
 
@@ -142,14 +145,24 @@ class TrlReward:
 
     def _scores(self, returned: Any, count: int) -> list[RewardScore]:
         where = f"reward function {self.__name__}"
-        if not hasattr(returned, "__iter__") or isinstance(returned, str | Mapping):
-            raise ConformanceError(
-                f"it returned a {type(returned).__name__}", where=where, allowed="a list with a float or None for each"
-            )
-        rewards = list(returned)
+        rewards = _listed(returned)
+        if rewards is None:
+            what, allowed = f"it returned a {type(returned).__name__}", "a list with a float or None for each"
+            raise ConformanceError(what, where=where, allowed=allowed)
         if len(rewards) != count:
             raise ConformanceError(f"it returned {len(rewards)} rewards for {count} completions", where=where)
         return [_score(reward, f"{where}: completion {index}") for index, reward in enumerate(rewards)]
+
+
+def _listed(returned: Any) -> list[Any] | None:
+    """What can be read in order; None of a set, which has none, and of a tensor without dimensions."""
+    if isinstance(returned, str | bytes | Mapping | Set):
+        return None
+    try:
+        items = iter(returned)
+    except TypeError:
+        return None
+    return list(items)
 
 
 def _score(reward: Any, where: str) -> RewardScore:
@@ -213,9 +226,12 @@ class TrlRewardFunction:
         """One value per completion, or None.
 
         Raises:
-            ConformanceError: The reward gave another number of scores.
+            ConformanceError: There is no column of references, or the reward gave another number of scores.
         """
         own = {name: column for name, column in columns.items() if name not in _NOT_COLUMNS}
+        if self._references is not None and self._references not in own:
+            what = f"the dataset has no column {self._references!r} with references"
+            raise ConformanceError(what, where=f"reward {self.__name__}", allowed=", ".join(own) or None)
         rollouts = [
             Rollout(
                 prompt=_text(prompt),
@@ -238,13 +254,18 @@ class TrlRewardFunction:
             close()
 
     def _example(self, prompt: Any, row: Mapping[str, Any]) -> Example:
-        answers = row.get(self._references or "")
-        references = (answers,) if isinstance(answers, str) else tuple(answers or ())
+        references = () if self._references is None else _references(row[self._references])
         # Rewards tell groups by the id: the completions of a prompt share it.
         name = row.get("id")
         if name is None:
             name = hashlib.sha256(_text(prompt).encode("utf-8", "surrogatepass")).hexdigest()[:16]
         return Example(id=str(name), prompt=_prompt(prompt), references=references, extra=dict(row))
+
+
+def _references(answers: Any) -> tuple[str, ...]:
+    """A right answer, or several, as texts: a column may hold numbers."""
+    several = answers if isinstance(answers, list | tuple) else [answers]
+    return tuple(str(answer) for answer in several if answer is not None)
 
 
 def _messages(rollout: Rollout) -> list[dict[str, str]]:

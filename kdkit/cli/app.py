@@ -6,13 +6,14 @@ import io
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Final, Literal, NoReturn
+from typing import Annotated, Final, Literal, NoReturn, get_args
 
 import typer
 
 from kdkit.cli import complete
 from kdkit.cli.models_app import models_app
 from kdkit.cli.options import First, Force, Fresh, Json, Kind, Only, Recipe, Sets, Until, Variables, group
+from kdkit.cli.plugins_app import plugins_app
 from kdkit.cli.rewards_app import rewards_app
 from kdkit.cli.runs_app import RUNS, Out, runs_app
 from kdkit.cli.sandbox_app import sandbox_app
@@ -22,9 +23,10 @@ __all__ = ["app", "main"]
 _NAME: Final = "kdkit"
 _COMPLETING: Final = "_KDKIT_COMPLETE"
 """Set by the scripts that --install-completion writes."""
+_INTERRUPTED: Final = 130
+"""What shells make of a program that Ctrl-C ended."""
 
 app = group("Turn a large language model into a small one from one YAML recipe.")
-plugins_app = group("See what is installed.")
 app.add_typer(plugins_app, name="plugins")
 app.add_typer(runs_app, name="runs")
 app.add_typer(models_app, name="models")
@@ -302,7 +304,15 @@ def schema(
 def new_plugin(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Of the component, such as my-loss.")],
     *,
-    kind: Annotated[Kind, typer.Option("--kind", help="What it is.")],
+    kind: Annotated[
+        str | None,
+        typer.Option(
+            "--kind",
+            metavar="KIND",
+            autocompletion=complete.kinds,
+            help=f"What it is: {', '.join(get_args(Kind))}; required.",
+        ),
+    ] = None,
     parent: Annotated[Path, typer.Option("--dir", metavar="DIR", help="Where kdkit-NAME/ is made.")] = Path(),
 ) -> None:
     """Write a package with a component of your own that works, tests included, and print the next three commands.
@@ -314,54 +324,6 @@ def new_plugin(
     raise typer.Exit(body(name, kind, parent))
 
 
-@plugins_app.command("list")
-def plugins_list(
-    *,
-    kind: Annotated[
-        str | None,
-        typer.Option("--kind", metavar="KIND", autocompletion=complete.kinds, help="Only this kind, such as loss."),
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """List all components and the plugins that are broken."""
-    from kdkit.cli.plugins import list_plugins
-
-    raise typer.Exit(list_plugins(as_json, kind))
-
-
-@plugins_app.command("show")
-def plugins_show(
-    kind: Annotated[
-        str,
-        typer.Argument(
-            metavar="[KIND]", autocompletion=complete.kinds_and_names, help="Such as loss; may be left out."
-        ),
-    ],
-    name: Annotated[
-        str | None,
-        typer.Argument(metavar="NAME", autocompletion=complete.names, help="A component, or a distribution."),
-    ] = None,
-    *,
-    as_json: Json = False,
-) -> None:
-    """Show a component's parameters with a snippet for a recipe, or what a distribution provides."""
-    from kdkit.cli.plugins import show_plugin
-
-    raise typer.Exit(show_plugin(kind, name, as_json))
-
-
-@plugins_app.command("check")
-def plugins_check(
-    dist: Annotated[str, typer.Argument(metavar="DIST", help="An installed distribution, such as kdkit-acme.")],
-    *,
-    as_json: Json = False,
-) -> None:
-    """Check an installed plugin: imports, declarations, builders, samples. Exit code 3 when a check fails."""
-    from kdkit.cli.plugins_check import check_plugin
-
-    raise typer.Exit(check_plugin(dist, as_json=as_json))
-
-
 def main() -> NoReturn:
     """Entry point: runs a command and exits with its code. Errors that a person can cause are one line."""
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -369,6 +331,14 @@ def main() -> NoReturn:
         sys.stdout.reconfigure(errors="backslashreplace")
     if _COMPLETING in os.environ:
         app(prog_name=_NAME)  # ends here: a shell waits, and what errors need would take most of the time
+    try:
+        sys.exit(_run())
+    except KeyboardInterrupt:  # while something was imported: within a command typer sees to it
+        sys.exit(_INTERRUPTED)
+
+
+def _run() -> int:
+    """Run the command; its exit code where it does not exit by itself."""
     from kdkit.api.errors import KdkitError
 
     try:
@@ -377,5 +347,5 @@ def main() -> NoReturn:
         from kdkit.cli.output import print_error
 
         print_error(error)
-        sys.exit(int(error.exit_code))
-    sys.exit(0)
+        return int(error.exit_code)
+    return 0

@@ -13,8 +13,8 @@ from typing import Any
 import typer
 
 __all__ = [
-    "files", "kinds", "kinds_and_names", "known_models", "models", "names", "recipes", "reports", "runs", "sandboxes",
-    "settings", "stages", "variables",
+    "dists", "files", "kinds", "kinds_and_names", "known_models", "models", "names", "recipes", "reports", "runs",
+    "sandboxes", "settings", "stages", "variables",
 ]  # fmt: skip
 
 
@@ -93,7 +93,15 @@ def kinds_and_names(incomplete: str) -> list[str]:
     from kdkit.cli.complete_names import component_names
 
     known = component_names()
-    return _starting([*known.kinds, *known.names, *known.dists], incomplete)
+    return _starting([*known.kinds, *known.names, *known.dists, *known.broken], incomplete)
+
+
+def dists(incomplete: str) -> list[str]:
+    """Distributions with plugins, broken ones too."""
+    from kdkit.cli.complete_names import component_names
+
+    known = component_names()
+    return _starting([*known.dists, *known.broken], incomplete)
 
 
 def sandboxes(incomplete: str) -> list[str]:

@@ -2,7 +2,8 @@
 
 To find them takes half a second of CPU: every plugin is imported. So they are kept in a file, together with what they
 depend on: the directories that packages are found in, and the modules that provide them. Any change there has them
-found anew, and so does an hour's time.
+found anew, and so does an hour's time. Where the module of a broken plugin is nobody knows, so that with one of them it
+is a minute's time: whoever repairs it wants to see it.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from kdkit.models.catalogue import cache_dir
 __all__ = ["Component", "Names", "component_names"]
 
 _SECONDS: Final = 3600.0
+_SECONDS_BROKEN: Final = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,8 @@ class Names:
 
     kinds: tuple[str, ...]
     components: tuple[Component, ...]
+    broken: tuple[str, ...] = ()
+    """Distributions with plugins that cannot be loaded."""
 
     @property
     def names(self) -> list[str]:
@@ -84,12 +88,13 @@ def _file() -> Path:
 def _remembered(file: Path) -> Names | None:
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
-        fresh = 0 <= time.time() - data["time"] < _SECONDS and data["version"] == kdkit.__version__
+        broken = tuple(map(str, data["broken"]))
+        seconds = _SECONDS_BROKEN if broken else _SECONDS
+        fresh = 0 <= time.time() - data["time"] < seconds and data["version"] == kdkit.__version__
         if not fresh or data["state"] != _state(data["state"]):
             return None
-        return Names(
-            tuple(data["kinds"]), tuple(Component(**{**c, "params": tuple(c["params"])}) for c in data["components"])
-        )
+        components = tuple(Component(**{**c, "params": tuple(c["params"])}) for c in data["components"])
+        return Names(tuple(data["kinds"]), components, broken)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -122,7 +127,9 @@ def _found() -> tuple[Names, list[str]]:
         from kdkit.api.specs import KINDS
         from kdkit.host import Catalog, param_names
 
-        entries: Any = Catalog.discover(strict=False).entries()
+        catalog = Catalog.discover(strict=False)
+        entries: Any = catalog.entries()
         components = (Component(e.kind, e.name, e.dist, tuple(param_names(e.spec.params))) for e in entries)
-        names = Names(tuple(KINDS), tuple(components))
+        broken = dict.fromkeys(item.dist for item in catalog.broken)
+        names = Names(tuple(KINDS), tuple(components), tuple(broken))
     return names, list(dict.fromkeys(entry.origin for entry in entries))

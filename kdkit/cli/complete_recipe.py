@@ -68,7 +68,10 @@ def read_tree(path: Path, chain: int = 1) -> dict[str, Any]:
 
 
 def _merged(base: Any, over: Any) -> Any:
+    """As recipes are laid over one another: parameters of another component do not stay."""
     if not isinstance(base, dict) or not isinstance(over, dict):
+        return over
+    if any(key in base and key in over and base[key] != over[key] for key in ("use", "kind")):
         return over
     return {**base, **{key: _merged(base.get(key), value) for key, value in over.items()}}
 
@@ -99,6 +102,8 @@ def _paths(node: Any, path: str, known: Names) -> Iterator[str]:
         return
     if isinstance(node, list):
         for index, item in enumerate(node):
+            # One path for every step, so that whoever takes a number of them ends: aliases of YAML grow like powers.
+            yield f"{path}.{index}"
             yield from _paths(item, f"{path}.{index}", known)
     elif isinstance(node, dict):
         written = _keys(node)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -14,7 +16,7 @@ from kdkit.api.specs import SandboxSpec
 from kdkit.cli.checks import Check
 from kdkit.cli.doctor_hub import HubQuestion
 from kdkit.cli.doctor_speed import measured, speed_checks
-from kdkit.cli.output import emit, emit_json
+from kdkit.cli.output import emit, emit_json, wrapped
 from kdkit.engine.env import versions
 from kdkit.engine.files import check_writable
 from kdkit.engine.hardware import cpu_name, cuda_devices, memory_bytes, resolve_precision, threads
@@ -27,10 +29,8 @@ from kdkit.plugins.quantizers.backends.environment import states
 
 __all__ = ["doctor"]
 
-_NEEDED = ("torch", "transformers", "datasets", "accelerate")
-_GIB = 2**30
-
-
+_NEEDED: Final = ("torch", "transformers", "datasets", "accelerate")
+_GIB: Final = 2**30
 _LITTLE: Final = 2 * _GIB
 """Free bytes below which a small model with one checkpoint may not fit."""
 
@@ -65,11 +65,18 @@ def doctor(*, as_json: bool, quick: bool = False) -> int:
     if as_json:
         emit_json({"checks": [asdict(check) for check in checks], "matmul": speeds, "extras": extras})
     else:
-        for check in checks:
-            line = f"{check.status:<8}{check.name:<14}{check.found}"
-            emit(f"{line}  ({check.hint})" if check.hint else line)
+        _print(checks)
     missing = any(check.status == "missing" for check in checks)
     return int(ExitCode.ENVIRONMENT if missing else ExitCode.OK)
+
+
+def _print(checks: Sequence[Check]) -> None:
+    """A line for each check; a terminal gets it in lines of its own width, with what was found in one column."""
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    for check in checks:
+        head = f"{check.status:<8}{check.name:<14}"
+        line = f"{head}{check.found}" + (f"  ({check.hint})" if check.hint else "")
+        emit(wrapped(line, width, len(head)) if width else line)
 
 
 def _software() -> Iterator[Check]:
@@ -91,15 +98,13 @@ def _hardware() -> Iterator[Check]:
 
 def _disks() -> Iterator[Check]:
     yield _store()
-    temporary = Path(tempfile.gettempdir())
-    free = shutil.disk_usage(temporary).free
-    hint = "" if free >= _LITTLE else "set TMPDIR to a directory on a larger disk"
-    yield Check("temp", "note" if hint else "ok", f"{temporary}, {free / _GIB:.1f} GiB free", hint)
+    yield _temporary()
 
 
 def _store() -> Check:
     root = store_root()
-    existing = next(path for path in (root, *root.parents) if path.exists())
+    # Path.exists raises for what lies in a directory of somebody else.
+    existing = next(path for path in (root, *root.parents) if os.path.exists(path))  # noqa: PTH110
     try:
         check_writable(existing, hint="set KDKIT_STORE to a directory you may write")
     except EnvironmentUnmet as error:
@@ -107,6 +112,16 @@ def _store() -> Check:
     free = shutil.disk_usage(existing).free
     hint = "" if free >= _LITTLE else "set KDKIT_STORE to a directory on a larger disk"
     return Check("store", "note" if hint else "ok", f"{root}, {free / _GIB:.1f} GiB free", hint)
+
+
+def _temporary() -> Check:
+    try:
+        temporary = Path(tempfile.gettempdir())
+    except FileNotFoundError:  # it tries to write to all of them
+        return Check("temp", "missing", "no directory for temporary files can be written", "set TMPDIR to one that can")
+    free = shutil.disk_usage(temporary).free
+    hint = "" if free >= _LITTLE else "set TMPDIR to a directory on a larger disk"
+    return Check("temp", "note" if hint else "ok", f"{temporary}, {free / _GIB:.1f} GiB free", hint)
 
 
 def _models() -> Iterator[Check]:

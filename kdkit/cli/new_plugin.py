@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
+import unicodedata
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
@@ -11,15 +13,12 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Final
 
-from packaging.version import Version
-
-import kdkit
 from kdkit import api
 from kdkit.api.errors import ExitCode, RecipeError
-from kdkit.api.specs import NAME
-from kdkit.cli.options import Kind
+from kdkit.api.specs import KINDS, NAME
 from kdkit.cli.output import emit, log, shown, visible
 from kdkit.host import Catalog
+from kdkit.host.compat import api_range
 
 __all__ = ["NewPlugin", "new_plugin", "rendered"]
 
@@ -43,7 +42,7 @@ class NewPlugin:
     """
 
     name: str
-    kind: Kind
+    kind: str
     use: str
 
     @property
@@ -63,43 +62,54 @@ class NewPlugin:
         return f"My{camel}" if any(camel + end in api.__all__ for end in _ENDS) else camel
 
 
-def new_plugin(text: str, kind: Kind, parent: Path) -> int:
+def new_plugin(text: str, kind: str | None, parent: Path) -> int:
     """Write the package below ``parent`` and print the next three commands.
 
     Args:
         text: The component's name; ``kdkit-`` in front of it may be given or left out.
-        kind: Component kind.
+        kind: Component kind; None is refused with those that there are.
         parent: Directory of the package's directory; made when it is absent.
 
     Returns:
         0.
 
     Raises:
-        RecipeError: ``text`` is no name, or the package's directory is there already.
+        RecipeError: ``text`` is no name, ``kind`` no kind, or the package's directory is there already.
         EnvironmentUnmet: ``parent`` cannot be written.
     """
-    # Writing files durably needs safetensors, which the other commands do not load.
-    from kdkit.models.files import staged
-
     name = _checked(text)
+    if kind is None:
+        raise RecipeError("is missing", where="--kind", allowed=", ".join(KINDS))
     taken = _taken(name, kind)
     plugin = NewPlugin(name=name, kind=kind, use=f"{_PREFIX}{name}/{name}" if taken else name)
     target = parent.expanduser() / plugin.dist
     if target.exists() or target.is_symlink():
         raise RecipeError("is there already", where=shown(target), hint="choose another name, or another --dir")
-    content = rendered(plugin)
-    with staged(target) as directory:
-        for path, data in content.items():
-            (directory / path).parent.mkdir(parents=True, exist_ok=True)
-            (directory / path).write_text(data, encoding="utf-8", newline="\n")
+    _write(rendered(plugin), target)
     for line in (*taken, *_installed(plugin.dist)):
         log(f"warning: {line}")
     place = shown(target)
     log(f"{visible(place)} has a {kind} that works: change it, one step at a time")
     place = f"./{place}" if place.startswith("-") else place
+    dev = shlex.quote(f"{_as_path(place)}[dev]")
     package, recipe = shlex.quote(place), shlex.quote(f"{place}/recipe.yaml")
-    emit(visible(f"pytest {package}\npip install -e {_as_path(package)}\nkdkit run {recipe}"))
+    # The installation comes first: it brings pytest, which kdkit does not need itself.
+    emit(visible(f"pip install -e {dev}\npytest {package}\nkdkit run {recipe}"))
     return int(ExitCode.OK)
+
+
+def _write(content: Mapping[str, str], target: Path) -> None:
+    """Write the files below ``target``, all or none."""
+    # They need torch's neighbours (safetensors), which the other commands do not load.
+    from kdkit.engine.files import check_writable
+    from kdkit.models.files import staged
+
+    # The place that is named is the one that was given, and not a temporary one.
+    check_writable(target.parent, hint="choose another --dir")
+    with staged(target) as directory:
+        for path, data in content.items():
+            (directory / path).parent.mkdir(parents=True, exist_ok=True)
+            (directory / path).write_text(data, encoding="utf-8", newline="\n")
 
 
 def _checked(text: str) -> str:
@@ -107,7 +117,9 @@ def _checked(text: str) -> str:
     name = text.removeprefix(_PREFIX)
     if NAME.fullmatch(name) and len(name) <= _LONGEST:
         return name
-    proposed = re.sub(r"[^a-z0-9]+", "-", _split_words(text).lower()).strip("-").removeprefix(_PREFIX)
+    # Letters without their accents.
+    plain = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+    proposed = re.sub(r"[^a-z0-9]+", "-", _split_words(plain).lower()).strip("-").removeprefix(_PREFIX)
     proposed = proposed.lstrip("0123456789-")[:_LONGEST].rstrip("-")
     raise RecipeError(
         f"{text[: 2 * _LONGEST]!r} is no name for a component",
@@ -121,8 +133,8 @@ def _split_words(text: str) -> str:
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", text)
 
 
-def _taken(name: str, kind: Kind) -> list[str]:
-    """One line when components that are installed have the same name."""
+def _taken(name: str, kind: str) -> list[str]:
+    """One line when components that are installed have the same name; a kind that is none is refused."""
     owners = [entry.provider for entry in Catalog.discover(strict=False).entries(kind) if entry.name == name]
     if not owners:
         return []
@@ -141,7 +153,7 @@ def _installed(dist: str) -> list[str]:
 
 def _as_path(place: str) -> str:
     """``place`` so that pip takes it for a directory, not for a distribution."""
-    return place if place.startswith(("/", "./", "../", "'")) else f"./{place}"
+    return place if place.startswith(("/", "./", "../")) else f"./{place}"
 
 
 def rendered(plugin: NewPlugin) -> dict[str, str]:
@@ -154,7 +166,7 @@ def rendered(plugin: NewPlugin) -> dict[str, str]:
         "acme": plugin.name,
         "Acme": plugin.prefix,
         "COMPONENT_KIND": plugin.kind,
-        "KDKIT_RANGE": _range(kdkit.__version__),
+        "KDKIT_RANGE": api_range(),
         "ABOUT": "",
     }
     own = dict(_texts(root / plugin.kind))
@@ -185,11 +197,3 @@ def _path(path: str, plugin: NewPlugin) -> str:
     if path == "gitignore":
         return ".gitignore"
     return _filled(path, {"kdkit_acme": plugin.module, "acme": plugin.name.replace("-", "_")})
-
-
-def _range(running: str) -> str:
-    """The versions of kdkit that the package is for: those with the API of the running one."""
-    now = Version(running)
-    least = str(now.public) if now.is_prerelease else f"{now.major}.{now.minor}"
-    below = f"{now.major + 1}" if now.major else f"0.{now.minor + 1}"
-    return f">={least},<{below}"

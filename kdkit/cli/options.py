@@ -28,7 +28,7 @@ def group(summary: str) -> typer.Typer:
 Kind: TypeAlias = Literal[
     "loss", "reward", "dataset", "teacher", "quantizer", "metric", "stage", "rollout", "tracker", "sandbox"
 ]
-"""Kinds of components."""
+"""Kinds of components, as the help of commands names them; light, unlike :data:`kdkit.api.specs.KINDS`."""
 
 Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", autocompletion=complete.recipes, help="Recipe file.")]
 Sets = Annotated[

@@ -77,7 +77,8 @@ def show_plugin(kind_or_name: str, name: str | None, json: bool) -> int:  # noqa
             _show_entry(out, entry, catalog)
         for item in broken:
             _line(out, f"broken: {item.label} ({item.entry_point}): {item.error}", style="red")
-            _line(out, textwrap.indent(item.traceback.rstrip(), "  "))
+            if item.traceback:  # a plugin for another kdkit was not even imported
+                _line(out, textwrap.indent(item.traceback.rstrip(), "  "))
     return ExitCode.PLUGIN if broken else ExitCode.OK
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 
-from kdkit.api.errors import ExitCode
+from packaging.utils import canonicalize_name, is_normalized_name
+
+from kdkit.api.errors import ExitCode, RecipeError
 from kdkit.cli.output import emit, emit_json
 from kdkit.host import Catalog
 from kdkit.host.check import CheckResult, check_distribution
+from kdkit.host.compat import installed_version
 
 __all__ = ["check_plugin"]
 
@@ -19,9 +23,12 @@ def check_plugin(dist: str, *, as_json: bool) -> int:
         0, or 3 when a check failed.
 
     Raises:
+        RecipeError: ``dist`` is no name of a distribution, but that of a component, or a path.
         PluginError: It is not installed, it is disabled, or it provides no plugin.
     """
-    results = check_distribution(Catalog.discover(strict=False), dist)
+    catalog = Catalog.discover(strict=False)
+    _check_name(dist, catalog)
+    results = check_distribution(catalog, dist)
     failed = [result for result in results if not result.ok]
     if as_json:
         emit_json({"dist": dist, "ok": not failed, "checks": [asdict(result) for result in results]})
@@ -30,6 +37,21 @@ def check_plugin(dist: str, *, as_json: bool) -> int:
         count = f"{len(failed)} of {len(results)} checks failed" if failed else f"{len(results)} checks passed"
         emit(f"{dist}: {count}")
     return ExitCode.PLUGIN if failed else ExitCode.OK
+
+
+def _check_name(text: str, catalog: Catalog) -> None:
+    """Refuse what names no distribution, such as a directory that TAB completed, and the name of a component."""
+    if not is_normalized_name(canonicalize_name(text)):
+        known = {item.dist for item in (*catalog.entries(), *catalog.broken)}
+        meant = [part for part in map(canonicalize_name, text.split("/")) if part in known]
+        raise RecipeError(f"{text!r} is no name of a distribution", hint=_did_you_mean(meant))
+    meant = [entry.dist for entry in catalog.entries() if entry.name == text]
+    if meant and installed_version(text) is None:
+        raise RecipeError(f"{text!r} is a component, and no distribution", hint=_did_you_mean(meant))
+
+
+def _did_you_mean(dists: Sequence[str]) -> str:
+    return f"did you mean {' or '.join(dict.fromkeys(dists))}?" if dists else "give one such as kdkit-acme"
 
 
 def _print(results: list[CheckResult]) -> None:

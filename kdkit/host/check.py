@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import distribution
@@ -18,12 +18,13 @@ from typing import Any, Final
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 from pydantic import ConfigDict, TypeAdapter
+from pydantic.fields import FieldInfo
 
 from kdkit.api.data import Example
 from kdkit.api.errors import EnvironmentUnmet, KdkitError, PluginError
 from kdkit.api.slots import LOOKUP
 from kdkit.host.catalog import Catalog
-from kdkit.host.compat import check_extras, installed_version
+from kdkit.host.compat import api_range, check_extras, installed_version
 from kdkit.host.describe import describe_params
 from kdkit.host.records import BUILT_IN, Entry
 from kdkit.host.runtime import plugin_errors
@@ -53,8 +54,10 @@ for point in distribution(sys.argv[1]).entry_points.select(group="kdkit.plugins"
     for name in heavy:
         if name in sys.modules:
             found.setdefault(name, point.value)
-print("\\n" + json.dumps({"heavy": found, "seconds": time.perf_counter() - begin}))
+print("\\n" + sys.argv[3] + json.dumps({"heavy": found, "seconds": time.perf_counter() - begin}))
 """
+_MARK: Final = "kdkit-plugins-check: "
+"""Before the answer: a plugin may print as well, even when its process ends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,26 +113,35 @@ def _says_which_kdkit(dist: str) -> CheckResult:
             requirement = Requirement(text)
         except InvalidRequirement:
             continue
-        if canonicalize_name(requirement.name) == BUILT_IN and not requirement.marker:
+        applies = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+        if canonicalize_name(requirement.name) == BUILT_IN and applies:
             if requirement.specifier:
                 return CheckResult(dist, what, ok=True, detail=text)
-            return CheckResult(dist, what, ok=False, detail="it takes any kdkit; name a version, as in kdkit>=0.1,<1")
-    return CheckResult(dist, what, ok=False, detail="it does not name kdkit; add kdkit>=0.1,<1 to its dependencies")
+            detail = f"it takes any kdkit; name a version, as in kdkit{api_range()}"
+            return CheckResult(dist, what, ok=False, detail=detail)
+    detail = f"it does not name kdkit; add kdkit{api_range()} to its dependencies"
+    return CheckResult(dist, what, ok=False, detail=detail)
 
 
 def _is_light(dist: str) -> CheckResult:
     what = "imports nothing heavy"
-    done = subprocess.run(  # noqa: S603 - our own program
-        [sys.executable, "-c", _LOAD, dist, ",".join(HEAVY)], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
+    command = [sys.executable, "-c", _LOAD, dist, ",".join(HEAVY), _MARK]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)  # noqa: S603 - ours
+    said = [line for line in done.stdout.splitlines() if line.startswith(_MARK)]
+    if done.returncode or not said:
         last = (done.stderr.strip() or "no message").splitlines()[-1]
         return CheckResult(dist, what, ok=False, detail=f"it cannot be loaded in a process of its own: {last}")
-    found = json.loads(done.stdout.strip().splitlines()[-1])
+    found = json.loads(said[-1].removeprefix(_MARK))
     if found["heavy"]:
         loads = ", ".join(f"{module} loads {name}" for name, module in found["heavy"].items())
         return CheckResult(dist, what, ok=False, detail=f"{loads}; import it inside the function that needs it")
     return CheckResult(dist, what, ok=True, detail=f"{1000 * found['seconds']:.0f} ms")
+
+
+def _validated(field: FieldInfo, context: Mapping[str, Any]) -> None:
+    """Validate a default as if a recipe gave it. Raises what pydantic does."""
+    adapter = TypeAdapter(field.rebuild_annotation(), config=_STRICT)
+    adapter.validate_json(json.dumps(field.default), context=dict(context))
 
 
 class _Component:
@@ -193,18 +205,15 @@ class _Component:
     def _defaults(self) -> tuple[CheckResult, Any]:
         """The check, and the parameters when there are defaults for all."""
         what, model, context = "accepts its defaults", self._entry.spec.params, {LOOKUP: self._catalog}
-        required = [name for name, field in model.model_fields.items() if field.is_required()]
-        if required:
-            return self._result(what, f"needs {', '.join(required)}"), None
-        tried, params = self._tried(what, partial(self._found.spec.params.model_validate_json, "{}", context=context))
         for name, field in model.model_fields.items():
             # pydantic validates no defaults: one of another type would be found in the middle of a run.
-            if tried.ok and isinstance(field.default, bool | int | float | str):
-                adapter = TypeAdapter(field.rebuild_annotation(), config=_STRICT)
-                tried, _ = self._tried(what, partial(adapter.validate_json, json.dumps(field.default), context=context))
+            if field.default is None or isinstance(field.default, bool | int | float | str):
+                tried, _ = self._tried(what, partial(_validated, field, context))
                 if not tried.ok:
-                    tried = self._result(what, f"{name} is {field.default!r}: {tried.detail}", ok=False)
-        return tried, params
+                    return self._result(what, f"{name} is {field.default!r}: {tried.detail}", ok=False), None
+        if required := [name for name, field in model.model_fields.items() if field.is_required()]:
+            return self._result(what, f"needs {', '.join(required)}"), None
+        return self._tried(what, partial(model.model_validate_json, "{}", context=context))
 
     def _sample(self, loader: Any) -> CheckResult:
         what = f"ships a sample of {_SAMPLE} rows or more"

@@ -7,14 +7,14 @@ from importlib.metadata import Distribution, PackageNotFoundError, distribution,
 
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
-from packaging.version import InvalidVersion
+from packaging.version import InvalidVersion, Version
 
 import kdkit
 from kdkit.api.errors import EnvironmentUnmet, PluginError
 from kdkit.api.slots import Found
 from kdkit.host.records import BUILT_IN
 
-__all__ = ["check_extras", "extras_of", "installed_version", "kdkit_problem", "requirement_problem"]
+__all__ = ["api_range", "check_extras", "extras_of", "installed_version", "kdkit_problem", "requirement_problem"]
 
 
 def installed_version(dist: str) -> str | None:
@@ -25,6 +25,14 @@ def installed_version(dist: str) -> str | None:
         return version(dist)
     except PackageNotFoundError:
         return None
+
+
+def api_range() -> str:
+    """The versions of kdkit that a plugin written now is for: those with the API of the running one."""
+    now = Version(kdkit.__version__)
+    least = str(now.public) if now.is_prerelease else f"{now.major}.{now.minor}"
+    below = f"{now.major + 1}" if now.major else f"0.{now.minor + 1}"
+    return f">={least},<{below}"
 
 
 def kdkit_problem(requires: Iterable[str]) -> str | None:

@@ -108,7 +108,10 @@ def _default(field: FieldInfo) -> Any:
         return _Word("required")
     if field.default_factory_takes_validated_data:
         return _Word("from other parameters")
-    return field.get_default(call_default_factory=True)
+    try:
+        return field.get_default(call_default_factory=True)
+    except Exception as exc:  # noqa: BLE001 - code of a plugin: what is wrong with it stands in its place
+        return _Word(f"raises {type(exc).__name__}")
 
 
 # --- types ------------------------------------------------------------------------------------------------------------

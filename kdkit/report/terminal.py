@@ -95,7 +95,9 @@ def _split(table: Table, width: int) -> Iterator[list[int]]:
     columns, used = [0], label
     for index in range(1, len(table.header)):
         needed = _GUTTER + _width(table, index)
-        if used + needed > width and len(columns) > 1 and index not in table.text_columns:
+        # Words wrap, but none is to be broken.
+        least = _GUTTER + _longest_word(table, index) if index in table.text_columns else needed
+        if used + least > width and len(columns) > 1:
             yield columns
             columns, used = [0], label
         columns.append(index)
@@ -103,9 +105,16 @@ def _split(table: Table, width: int) -> Iterator[list[int]]:
     yield columns
 
 
+def _longest_word(table: Table, index: int) -> int:
+    return max(cell_len(word) for text in _texts(table, index) for word in (text.split() or [""]))
+
+
 def _width(table: Table, index: int) -> int:
-    lines = [*table.header[index].split("\n"), *(row[index] for row in table.rows)]
-    return max(map(cell_len, lines))
+    return max(map(cell_len, _texts(table, index)))
+
+
+def _texts(table: Table, index: int) -> list[str]:
+    return [*table.header[index].split("\n"), *(row[index] for row in table.rows)]
 
 
 def _list(title: str, lines: list[str]) -> Iterator[RenderableType]:

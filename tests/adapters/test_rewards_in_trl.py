@@ -88,6 +88,20 @@ def test_references_are_a_column():
     assert [rollout.example.references for rollout in kept.rollouts] == [("one",), ("two", "three"), ()]
 
 
+def test_references_may_be_numbers():
+    kept = Kept()
+    as_trl_reward(kept, references="answer")(["a"] * 4, ["x"] * 4, answer=[0, 2.5, [1, None, "two"], ""])
+    assert [rollout.example.references for rollout in kept.rollouts] == [("0",), ("2.5",), ("1", "two"), ("",)]
+
+
+def test_a_column_of_references_that_is_not_there_is_named():
+    with pytest.raises(ConformanceError) as error:
+        as_trl_reward(Kept(), references="solutoin")(["a"], ["x"], solution=["y"], level=[3])
+    assert str(error.value) == (
+        "reward Kept: the dataset has no column 'solutoin' with references; allowed: solution, level"
+    )
+
+
 def test_what_has_no_value_is_none():
     scores = (RewardScore.of(0.5), RewardScore.unscorable("no tests"), RewardScore.infra_error("down"))
     assert as_trl_reward(Kept(*scores))(["a"] * 3, ["x"] * 3) == [0.5, None, None]

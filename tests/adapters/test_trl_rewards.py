@@ -104,6 +104,18 @@ def test_columns_are_made_of_what_the_example_has():
     assert spy.calls[-1]["kind"] == ["sums"]
 
 
+def test_columns_with_names_of_others_neither_hide_nor_show_them():
+    """What TRL's trainer gives under a name of its own is no column, and a field of the example stays what it is."""
+    own = {"prompt": "p", "completion": "c", "trainer_state": 1, "environments": 2, "log_extra": 3, "category": "other"}
+    spy = Spy()
+    example = Example(id="5", prompt="2 + 2 =", completion="4", category="sums", extra=own)
+    from_trl_reward(spy, columns={"solution": "completion", "kind": "category"})([rollout(example=example)])
+    (call,) = spy.calls
+    assert not {"prompt", "completion", "trainer_state", "environments"} & call.keys()
+    assert callable(call["log_extra"])
+    assert (call["solution"], call["kind"], call["category"]) == (["4"], ["sums"], ["other"])
+
+
 def test_columns_that_some_rows_lack_are_none_there():
     spy = Spy()
     rows = [rollout(example=CHAT), rollout(example=Example(id="3", prompt=CHAT.prompt, extra={"tests": ["x"]}))]
@@ -166,6 +178,10 @@ def test_none_is_unscorable_and_numbers_of_any_kind_are_values():
         (1.0, "it returned a float; allowed: a list"),
         ("ab", "it returned a str; allowed: a list"),
         ({0: 1.0, 1: 2.0}, "it returned a dict; allowed: a list"),
+        ({1.0, 2.0}, "it returned a set; allowed: a list"),
+        (b"ab", "it returned a bytes; allowed: a list"),
+        (torch.tensor(1.0), "it returned a Tensor; allowed: a list"),
+        ([], "it returned 0 rewards for 2 completions"),
     ],
 )
 def test_what_is_no_list_of_rewards_is_refused_by_name(returned, message):
@@ -188,6 +204,10 @@ def state(completions, trainer_state, **kwargs):
     return [0.0] * len(completions)
 
 
+def by_place(completions, solution=None, /, **kwargs):
+    return [0.0] * len(completions)
+
+
 @pytest.mark.parametrize(
     ("fn", "options", "message"),
     [
@@ -195,6 +215,7 @@ def state(completions, trainer_state, **kwargs):
         (partial(asynchronous), {}, "asynchronous is asynchronous"),
         (Asynchronous(), {}, "Asynchronous is asynchronous"),
         (state, {}, "state requires trainer_state, which only TRL's trainer has; give it a default"),
+        (by_place, {}, "by_place takes completions, solution by position only, and is called by names; leave the /"),
         ("org/reward-model", {}, "'org/reward-model' is no function"),
         (contains, {"format": "chat"}, "no format 'chat'; allowed: auto, standard, conversational"),
         (contains, {"columns": {"prompts": "id"}}, "prompts cannot be a column"),

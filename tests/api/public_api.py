@@ -27,7 +27,13 @@ MODULES = (
     "kdkit.testing.conformance",
     "kdkit.testing.fakes",
     "kdkit.testing.hostile",
+    "kdkit.testing.install",
+    "kdkit.testing.network",
+    "kdkit.testing.programs",
+    "kdkit.testing.rows",
+    "kdkit.testing.teachers",
     "kdkit.testing.tiny",
+    "kdkit.train.divergences",
 )
 FIXTURES = "kdkit.testing.plugin"
 LONGEST = 60

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import pkgutil
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -42,13 +44,21 @@ def test_the_version_is_one_that_kdkit_has_reached():
 
 def test_every_public_name_is_documented():
     lacking = []
-    for module in map(__import__, ["kdkit.api", "kdkit.adapters"]):
-        package = sys.modules[module.__name__ + (".api" if module is kdkit else "")]
-        for name in package.__all__:
-            value = getattr(package, name)
-            if (inspect.isclass(value) or inspect.isfunction(value)) and not inspect.getdoc(value):
-                lacking.append(name)
+    for module in map(import_module, public_api.MODULES):
+        for name in module.__all__:
+            value = getattr(module, name)
+            # A class does not inherit the words of another one.
+            said = vars(value).get("__doc__") if inspect.isclass(value) else inspect.getdoc(value)
+            if (inspect.isclass(value) or inspect.isfunction(value)) and not said:
+                lacking.append(f"{module.__name__}.{name}")
     assert not lacking
+
+
+def test_all_of_kdkit_testing_is_in_the_text():
+    import kdkit.testing
+
+    found = {f"kdkit.testing.{module.name}" for module in pkgutil.iter_modules(kdkit.testing.__path__)}
+    assert found == {name for name in (*public_api.MODULES, public_api.FIXTURES) if name.startswith("kdkit.testing.")}
 
 
 class Before:

@@ -81,6 +81,8 @@ def test_components_and_models(here):
     shown = complete("plugins", "show", "")
     assert {"loss", "forward-kl", "kdkit"} <= set(shown)
     assert len(shown) == len(set(shown))
+    assert complete("plugins", "check", "kd") == ["kdkit"]
+    assert complete("new-plugin", "mine", "--kind", "s") == ["stage", "sandbox"]
     assert "auto" in complete("sandbox", "check", "")
     assert complete("models", "pull", "") == ["smollm2-135m-instruct"]
     assert complete("generate", "--model", "base=smol") == ["base=smollm2-135m-instruct"]
@@ -131,6 +133,10 @@ BROKEN = (
     b"stages: {? [a] : b}",
     b"\xff\xfe\x00",
     b"stages: !!python/object:os.system {}",
+    # Lists of nine aliases in each other, 43 million places together.
+    b"a: &a0 [1]\n"
+    + b"".join(b"a%d: &a%d [%s]\n" % (n, n, b",".join([b"*a%d" % (n - 1)] * 9)) for n in range(1, 9))
+    + b"stages: {a: {kind: sft, x: *a8}}",
 )
 
 
@@ -161,6 +167,7 @@ def test_broken_plugins_offer_nothing_and_stay_silent(here):
         (info / "entry_points.txt").write_text(f"[kdkit.plugins]\nmain = bad{number}\n")
         (site / f"bad{number}.py").write_text(code)
     assert complete("plugins", "show", "loss", "forward", site=site) == ["forward-kl"]
+    assert complete("plugins", "check", "kdkit-b", site=site) == ["kdkit-bad0", "kdkit-bad1"]
 
 
 # --- parts ------------------------------------------------------------------------------------------------------------
@@ -187,6 +194,12 @@ def test_what_is_extended_counts(here):
     tree = read_tree(here / "child.yaml")
     assert stage_names(tree) == ["sft", "kd", "more"]
     assert tree["stages"]["kd"] == {**read_tree(here / "r.yaml")["stages"]["kd"], "max_steps": 9}
+    (here / "other.yaml").write_text(
+        "extends: ./base/b.yaml\nstages: {kd: {kind: sft, model: x}, sft: {data: {use: dolly}}}\n"
+    )
+    other = read_tree(here / "other.yaml")["stages"]
+    assert other["kd"] == {"kind": "sft", "model": "x"}, "parameters of another component mean nothing"
+    assert (other["sft"]["data"], other["sft"]["max_steps"]) == ({"use": "dolly"}, 3)
     (here / "loop.yaml").write_text("extends: ./loop.yaml\nstages: {a: {kind: sft}}\n")
     assert stage_names(read_tree(here / "loop.yaml")) == ["a"]
 
@@ -200,6 +213,7 @@ def test_settings_are_those_of_each_component(here):
         "stages.sft.learning_rate",
         "stages.sft.data.source",
         "stages.sft.data.test_fraction",
+        "stages.kd.losses.0",
         "stages.kd.losses.0.temperature",
         "stages.kd.teacher",
     } <= set(paths)
@@ -244,11 +258,24 @@ def counted(monkeypatch):
     return times
 
 
+def test_a_broken_plugin_is_looked_for_again_soon(counted, monkeypatch, install_plugin):
+    """It may be repaired where nothing else changes: within the directory of an editable installation."""
+    install_plugin({"acme_inside.plugin": "syntax error("}, entry_points={"it": "acme_inside.plugin"})
+    assert component_names().broken == ("acme",)
+    assert component_names().broken == ("acme",)
+    assert len(counted) == 1
+    now = time.time()
+    monkeypatch.setattr(complete_names.time, "time", lambda: now + 61)
+    component_names()
+    assert len(counted) == 2
+
+
 def test_names_are_found_once(counted):
     first = component_names()
     assert component_names() == first
     assert len(counted) == 1
     assert "forward-kl" in first.of_kind("loss")
+    assert first.broken == ()
     assert list(complete_names._file().parent.iterdir()) == [complete_names._file()], "no draft is left"
 
 
@@ -271,7 +298,16 @@ def test_a_plugin_that_changed_is_found(counted):
 
 
 @pytest.mark.parametrize(
-    "change", [{"version": "0"}, {"time": 0}, {"time": time.time() + 1e6}, {"components": 3}, None]
+    "change",
+    [
+        {"version": "0"},
+        {"time": 0},
+        {"time": time.time() + 1e6},
+        {"components": 3},
+        {"broken": None},
+        {"state": []},
+        None,
+    ],
 )
 def test_an_old_or_damaged_file_is_made_again(counted, change):
     first = component_names()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from kdkit.api import EnvironmentUnmet
 from kdkit.cli import doctor, doctor_speed
 from kdkit.cli.doctor_hub import HubQuestion
 from kdkit.cli.doctor_speed import measured, speed_checks
@@ -235,6 +236,68 @@ def test_little_room_is_a_note(free, status, monkeypatch):
         assert "TMPDIR" in checks["temp"].hint
 
 
+@pytest.fixture
+def no_sandbox(monkeypatch):
+    """Nothing is tried in a sandbox, which takes seconds."""
+    monkeypatch.setattr(doctor, "_sandbox", lambda catalog: iter(()))
+
+
+def test_what_every_run_needs_has_exit_code_4(no_sandbox, monkeypatch, capsys):
+    found = {name: version for name, version in doctor.versions().items() if name != "torch"}
+    monkeypatch.setattr(doctor, "versions", lambda: found)
+    monkeypatch.setattr(doctor, "measured", lambda: pytest.fail("there is no torch to measure with"))
+    assert doctor.doctor(as_json=False) == 4
+    assert "missing torch         not installed  (pip install torch)" in capsys.readouterr().out.splitlines()
+    assert doctor.doctor(as_json=True) == 4
+
+
+def test_what_is_worth_knowing_only_has_exit_code_0(no_sandbox, monkeypatch, install_plugin, capsys):
+    install_plugin("import nothing_of_the_sort", "kdkit-broken-here")
+    monkeypatch.setattr(doctor, "measured", lambda: ([], "cannot be measured: it is busy"))
+    assert doctor.doctor(as_json=False) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "note    matmul        cannot be measured: it is busy" in lines
+    (broken,) = [line for line in lines if line.startswith("note    plugin ")]
+    assert broken.endswith("'nothing_of_the_sort'  (kdkit plugins show kdkit-broken-here)")
+
+
+def test_a_store_in_a_directory_of_somebody_else_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setenv("KDKIT_STORE", str(tmp_path / "theirs" / "store"))
+    real = Path.stat
+
+    def stat(path, **options):
+        if path.is_relative_to(tmp_path / "theirs"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, **options)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    monkeypatch.setattr(doctor, "check_writable", refusing := Refusing())
+    check = doctor._store()
+    assert refusing.asked == [tmp_path]
+    assert (check.status, check.hint) == ("missing", "set KDKIT_STORE")
+    assert check.found == f"{tmp_path}/theirs/store: cannot be written"
+
+
+class Refusing:
+    """Says of every directory that it cannot be written."""
+
+    def __init__(self):
+        self.asked = []
+
+    def __call__(self, directory, *, hint):
+        self.asked.append(directory)
+        raise EnvironmentUnmet("cannot be written", where=str(directory), hint="set KDKIT_STORE")
+
+
+def test_no_directory_for_temporary_files_is_missing(monkeypatch):
+    def gettempdir():
+        raise FileNotFoundError(2, "No usable temporary directory found in ['/tmp']")
+
+    monkeypatch.setattr(doctor.tempfile, "gettempdir", gettempdir)
+    temp = {check.name: check for check in doctor._disks()}["temp"]
+    assert (temp.status, temp.hint) == ("missing", "set TMPDIR to one that can")
+
+
 def test_the_command_itself_loads_no_torch(tmp_path):
     code = (
         "import sys\nsys.argv = ['kdkit', 'doctor', '--json']\nfrom kdkit.cli import doctor_speed, doctor\n"
@@ -249,3 +312,19 @@ def test_the_command_itself_loads_no_torch(tmp_path):
     assert [check["found"] for check in found["checks"] if check["name"] == "matmul"] == [
         "cpu fp32: 2 GFLOP/s (n = 256, 1 thread)"
     ]
+
+
+def test_a_terminal_gets_lines_of_its_width_and_a_file_one_for_each_check(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: False)
+    assert doctor.doctor(as_json=False, quick=True) == 0
+    whole = capsys.readouterr().out.splitlines()
+    assert max(map(len, whole)) > 120
+    assert all(line.startswith(("ok ", "note ")) for line in whole)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert doctor.doctor(as_json=False, quick=True) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > len(whole)
+    assert [line for line in lines if len(line) > 80 and " " in line[22:]] == []
+    assert all(line[:22].strip() == "" for line in lines if not line.startswith(("ok ", "note ")))
+    assert " ".join(" ".join(lines).split()) == " ".join(" ".join(whole).split())

@@ -51,7 +51,7 @@ def test_every_kind_of_component_has_a_template():
         ("kdkit-My Loss", "my-loss"),
         ("a.b/../c", "a-b-c"),
         ("x" * 31, "x" * 30),
-        ("naïve", "na-ve"),
+        ("naïve — Café", "naive-cafe"),
     ],
 )
 def test_a_name_that_is_none_is_refused_with_one_that_is(text, proposed, tmp_path):
@@ -153,8 +153,8 @@ def test_it_prints_the_next_three_commands(tmp_path):
     done = run("acme", "--kind", "reward", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
+        "pip install -e './kdkit-acme[dev]'",
         "pytest kdkit-acme",
-        "pip install -e ./kdkit-acme",
         "kdkit run kdkit-acme/recipe.yaml",
     ]
     assert done.stderr == "kdkit-acme has a reward that works: change it, one step at a time\n"
@@ -164,8 +164,19 @@ def test_it_prints_the_next_three_commands(tmp_path):
     assert not list(tmp_path.rglob("loss.py"))
 
 
+def test_a_kind_that_is_none_or_missing_is_one_line_with_those_that_there_are(tmp_path):
+    for arguments, start, end in (
+        (["--kind", "lose"], "error: no component kind 'lose'; allowed: ", "; did you mean 'loss'?\n"),
+        ([], "error: --kind: is missing; allowed: ", "\n"),
+    ):
+        done = run("acme", *arguments, cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr == f"{start}{', '.join(KINDS)}{end}"
+    assert not list(tmp_path.iterdir())
+
+
 def test_wrong_usage_has_exit_code_two(tmp_path):
-    for arguments in (["acme"], ["acme", "--kind", "lose"], ["--kind", "loss"], ["A B", "--kind", "loss"]):
+    for arguments in (["--kind", "loss"], ["A B", "--kind", "loss"], ["a", "b", "--kind", "loss"]):
         done = run(*arguments, cwd=tmp_path)
         assert (done.returncode, done.stdout) == (2, "")
         assert "Traceback" not in done.stderr
@@ -178,18 +189,38 @@ def test_odd_directories_are_quoted(folder, tmp_path, monkeypatch, capsys):
     new_plugin("acme", "loss", Path(folder))
     lines = capsys.readouterr().out.splitlines()
     place = f"./{folder}" if folder.startswith("-") else folder
-    for line, start in zip(lines, (["pytest"], ["pip", "install", "-e"], ["kdkit", "run"]), strict=True):
+    for line, start in zip(lines, (["pip", "install", "-e"], ["pytest"], ["kdkit", "run"]), strict=True):
         script = f'for word in {line}; do printf "%s\\n" "$word"; done'
         words = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True).stdout.splitlines()
         assert words[:-1] == start
-        assert Path(words[-1]) == Path(place) / "kdkit-acme" / ("recipe.yaml" if start[0] == "kdkit" else "")
-        assert Path(words[-1]).exists()
+        named = Path(words[-1].removesuffix("[dev]"))
+        assert named == Path(place) / "kdkit-acme" / ("recipe.yaml" if start[0] == "kdkit" else "")
+        assert named.exists()
+        # Without a slash pip would look for a distribution of that name.
+        assert start[0] != "pip" or (words[-1].startswith("./") and words[-1].endswith("[dev]"))
 
 
 def test_a_directory_that_nobody_can_write_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(EnvironmentUnmet, match="cannot be written"):
-        new_plugin("acme", "loss", tmp_path / "file")
+    for place in (tmp_path / "file", Path("/proc/none")):
+        with pytest.raises(EnvironmentUnmet, match="cannot be written") as error:
+            new_plugin("acme", "loss", place)
+        assert error.value.where == str(place)
+
+
+def test_nothing_is_left_of_a_package_that_was_interrupted(tmp_path, monkeypatch):
+    written = []
+
+    def write(self, *_, **__):
+        written.append(self)
+        if len(written) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", write)
+    with pytest.raises(KeyboardInterrupt):
+        new_plugin("acme", "loss", tmp_path)
+    assert len(written) == 3
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_existing_file_or_dangling_link_is_left_alone(tmp_path):
@@ -230,3 +261,19 @@ def test_nothing_heavy_is_imported(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_ctrl_c_while_kdkit_is_imported_says_nothing_and_has_exit_code_130():
+    code = (
+        "import sys\n"
+        "class Interrupts:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'kdkit.api.errors':\n"
+        "            raise KeyboardInterrupt\n"
+        "from kdkit.cli.app import main\n"
+        "sys.meta_path.insert(0, Interrupts())\n"
+        "sys.argv = ['kdkit', 'plugins', 'list']\n"
+        "main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")

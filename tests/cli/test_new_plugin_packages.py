@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+from docs_blocks import blocks
 
 import kdkit
 from kdkit.cli.new_plugin import new_plugin
@@ -126,6 +128,32 @@ def test_its_settings_find_the_package_without_installing_it(packages):
     (package,) = [path for path in packages if path.name == "kdkit-my-metric"]
     names = ran(sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", cwd=package)
     assert "tests/test_my_metric.py::TestMetric::test_a_result_is_whole" in names
+
+
+def methods(text: str) -> dict[str, ast.FunctionDef]:
+    (found,) = (node for node in ast.parse(text).body if isinstance(node, ast.ClassDef))
+    return {node.name: node for node in found.body if isinstance(node, ast.FunctionDef)}
+
+
+def test_the_edit_that_the_page_shows_fails_the_old_values_only(tmp_path):
+    page = blocks(ROOT / "docs" / "how-to" / "new-plugin.md")
+    (shown,) = [block.text for block in page if block.title == "reward.py"]
+    new_plugin("acme", "reward", tmp_path)
+    package = tmp_path / "kdkit-acme"
+    file = package / "src/kdkit_acme/reward.py"
+    text, lines = file.read_text(), shown.splitlines()
+    old, new = methods(text)["score"], methods(shown)["score"]
+    edited = text.splitlines()
+    edited[old.lineno - 1 : old.end_lineno] = lines[new.lineno - 1 : new.end_lineno]
+    file.write_text("\n".join(edited) + "\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=no", "tests/test_acme.py"],
+        cwd=package, capture_output=True, text=True, check=False, env=environment(),
+    )  # fmt: skip
+    failed = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
+    assert failed, done.stdout + done.stderr
+    assert all("::test_values[" in line for line in failed)
+    assert " passed" in done.stdout
 
 
 # What an author may get wrong with the one edit that the README names: the package's tests have to see it.

@@ -116,3 +116,11 @@ def test_a_validator_that_raises_is_the_plugins_fault(problems):
     assert "loss 'kdkit-broken/broken-validator' (" in message
     assert message.endswith(": its parameters raise ZeroDivisionError: float division by zero")
     assert code == PluginError.exit_code
+
+
+def test_a_plugin_for_another_kdkit_is_shown_in_one_line(install, capsys):
+    install("kdkit-later", {"later": ""}, requires=["kdkit>=99"])
+    assert show_plugin("kdkit-later", None, json=False) == 3
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("broken: kdkit-later")
+    assert "needs kdkit>=99" in line

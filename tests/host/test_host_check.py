@@ -6,10 +6,11 @@ import json
 
 import pytest
 
-from kdkit.api import PluginError
+from kdkit.api import PluginError, RecipeError
 from kdkit.cli.plugins_check import check_plugin
 from kdkit.host import Catalog
-from kdkit.host.check import check_distribution
+from kdkit.host.check import HEAVY, check_distribution
+from kdkit.host.compat import api_range
 
 GOOD = '''
 from kdkit.api import DatasetSpec, Example, MetricResult, MetricSpec, Params, Rows, TrackerSpec, hookimpl
@@ -59,6 +60,9 @@ def kdkit_trackers():
     yield TrackerSpec(name="away", summary="A server", params=P, build=build_tracker)
 '''
 NEEDS_KDKIT = ["kdkit>=0.1,<1"]
+FIELD = "__import__('pydantic').Field"
+ALONE = "import atexit, os, sys\nif sys.argv[0] == '-c': "
+"""What only the process in which a check loads a plugin once more does."""
 
 
 def failures(dist: str = "acme") -> list[tuple[str, str, str]]:
@@ -86,7 +90,12 @@ def test_a_good_distribution_passes(install, capsys):
     ("change", "subject", "what", "detail"),
     [
         (('"""How many."""', ""), "dataset few", "documents its parameters", "no text for rows"),
-        (("rows: int = 8", 'rows: int = "8"'), "dataset few", "accepts its defaults", "valid integer"),
+        (("rows: int = 8", 'rows: int = "8"'), "dataset few", "accepts its defaults", "rows is '8': "),
+        (("rows: int = 8", "rows: int = None"), "tracker away", "accepts its defaults", "rows is None: "),
+        (("rows: int = 8", f"rows: int = {FIELD}(default_factory=lambda: 1 // 0)"), "dataset few",
+         "accepts its defaults", "ZeroDivisionError"),
+        (('    """Where."""', '    """Where."""\n    times: int = "3"\n    """How often."""'), "metric none",
+         "accepts its defaults", "times is '3': "),
         (("range(self.count)", "range(7)"), "dataset few", "ships a sample of 8 rows or more", "7 rows"),
         (("id=str(n)", 'id="x"'), "dataset few", "ships a sample of 8 rows or more", "two rows have the same id"),
         (('Example(id=str(n), prompt="p", completion="c")', "n"), "dataset few", "ships a sample of 8 rows or more",
@@ -94,11 +103,13 @@ def test_a_good_distribution_passes(install, capsys):
         (("def sample", "def simple"), "dataset few", "builds with its defaults", "what it builds has no sample"),
         (("self.count = params.rows", "1 / 0"), "dataset few", "builds with its defaults", "ZeroDivisionError"),
         (("build=Loader", "build=Loader, extras=('fast',)"), "dataset few", "declares its extras", "declares no extra"),
-        (("from kdkit.api", "import accelerate\nfrom kdkit.api"), "acme", "imports nothing heavy",
-         "acme_mod loads accelerate; import it inside the function that needs it"),
         (("build=build_metric", "build=eval('lambda params: Metric()')"), "metric none", "says where its code is",
          "<string>:1 is no file; give a function"),
         (("from kdkit.api", "import no_such_module\nfrom kdkit.api"), "acme", "loads", "acme_mod: ModuleNotFoundError"),
+        (("from kdkit.api", f"{ALONE}sys.exit('a lock is taken')\nfrom kdkit.api"), "acme", "imports nothing heavy",
+         "it cannot be loaded in a process of its own: a lock is taken"),
+        (("from kdkit.api", f"{ALONE}os._exit(0)\nfrom kdkit.api"), "acme", "imports nothing heavy",
+         "it cannot be loaded in a process of its own: no message"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_named(install, change, subject, what, detail):
@@ -108,11 +119,42 @@ def test_what_is_wrong_is_named(install, change, subject, what, detail):
     assert any(detail in one[2] for one in found if one[:2] == (subject, what)), found
 
 
+@pytest.mark.parametrize("name", HEAVY)
+def test_each_heavy_package_is_named(install, name):
+    """Alone: the real ones load one another."""
+    light = "from kdkit import hookimpl\n@hookimpl\ndef kdkit_losses():\n    return []\n"
+    modules = {"acme_light": light, "acme_mod": f"import {name}\n{GOOD}", "acme_last": light, name: ""}
+    points = {"a": "acme_light", "b": "acme_mod", "c": "acme_last"}
+    install("acme", modules, requires=NEEDS_KDKIT, entry_points=points)
+    found = [detail for _, what, detail in failures() if what == "imports nothing heavy"]
+    assert found == [f"acme_mod loads {name}; import it inside the function that needs it"]
+
+
+def test_what_builds_on_a_wrong_default_is_left_out(install):
+    install("acme", {"acme_mod": GOOD.replace("rows: int = 8", "rows: int = None")}, requires=NEEDS_KDKIT)
+    results = check_distribution(Catalog.discover(strict=False), "acme")
+    assert [one.what for one in results if one.subject == "dataset few"][-1] == "accepts its defaults"
+
+
+def test_a_plugin_may_print_whenever_it_likes(install):
+    noise = "print('\\xff loading')\nsys.stdout.flush()\nos.write(1, b'\\xff\\n')\n"
+    late = f"{ALONE}atexit.register(print, 'bye')\n"
+    install("acme", {"acme_mod": late + noise + GOOD}, requires=NEEDS_KDKIT)
+    assert failures() == []
+
+
+@pytest.mark.parametrize("requirement", ["kdkit>=0.1,<1; python_version >= '3'", "KDKit[gguf]>=0.1"])
+def test_other_ways_to_say_which_kdkit(install, requirement):
+    install("acme", {"acme_mod": GOOD}, requires=[requirement])
+    assert failures() == []
+
+
 @pytest.mark.parametrize(
     ("requires", "detail"),
     [
-        ([], "it does not name kdkit"),
-        (["kdkit"], "it takes any kdkit"),
+        ([], f"it does not name kdkit; add kdkit{api_range()} to its dependencies"),
+        (["kdkit"], f"it takes any kdkit; name a version, as in kdkit{api_range()}"),
+        (["kdkit>=0.1; python_version < '3'"], "it does not name kdkit"),
         (["kdkit>=0.1; extra == 'test'"], "it does not name kdkit"),
         (["kdkit-other>=1"], "it does not name kdkit"),
     ],
@@ -174,3 +216,27 @@ def test_an_object_with_hooks_is_a_plugin_for_tests(catalog):
     assert found.find("loss", "test-only/mine").qualified_name == "test-only/mine"
     with pytest.raises(PluginError, match="implements no hook"):
         catalog().with_plugin(SimpleNamespace(), "test-only")
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("away", "'away' is a component, and no distribution; did you mean acme?"),
+        ("./acme/", "'./acme/' is no name of a distribution; did you mean acme?"),
+        ("acme/away", "'acme/away' is no name of a distribution; did you mean acme?"),
+        ("a b", "'a b' is no name of a distribution; give one such as kdkit-acme"),
+        ("", "'' is no name of a distribution; give one such as kdkit-acme"),
+    ],
+)
+def test_what_names_no_distribution_is_refused_with_the_one_that_was_meant(install, text, line):
+    install("acme", {"acme_mod": GOOD}, requires=NEEDS_KDKIT)
+    with pytest.raises(RecipeError) as error:
+        check_plugin(text, as_json=False)
+    assert str(error.value) == line
+
+
+def test_a_distribution_that_shares_its_name_with_a_component_is_checked(install, capsys):
+    install("acme", {"acme_mod": GOOD}, requires=NEEDS_KDKIT)
+    install("few", {"few_mod": GOOD}, requires=NEEDS_KDKIT)
+    assert check_plugin("few", as_json=False) == 0
+    assert "few: 20 checks passed" in capsys.readouterr().out

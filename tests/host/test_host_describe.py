@@ -116,6 +116,7 @@ def test_constraints(annotation, default, text):
         (tuple[float, float], (0.9, 0.999), "[0.9, 0.999]"),
         (list[int], Field(default_factory=lambda: [1]), "[1]"),
         (int, Field(default_factory=lambda data: 3), "from other parameters"),
+        (int, Field(default_factory=lambda: int("x")), "raises ValueError"),
         (Path, Path("a/b"), "a/b"),
         (Colour, Colour.RED, "red"),
         (frozenset[str], frozenset({"b", "a"}), "[a, b]"),

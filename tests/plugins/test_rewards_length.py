@@ -226,6 +226,8 @@ def test_teacher_logprob(teacher_shop, tiny):
     assert [score.value for score in scores[:3]] == pytest.approx(wanted, abs=1e-6)
     assert all(-1 < value < 0 for value in wanted)
     assert [scores[3].value, scores[5].value] == [-1.0, -1.0]
+    (bare,) = reward([Rollout("", "x", (5, 6))])
+    assert (bare.status, bare.value, bare.reason) == ("unscorable", None, "the prompt has no tokens")
     assert scores[4].value == pytest.approx(logprob_by_hand(tiny, plain, (5, 6)) / 10, abs=1e-6)
     alone = [reward([one])[0].value for one in rollouts]
     assert alone == pytest.approx([score.value for score in scores], abs=1e-6)

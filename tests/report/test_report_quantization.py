@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import pytest
@@ -114,3 +115,15 @@ def test_reports_without_quantised_models_have_no_section(write) -> None:
 def test_facts_of_the_wrong_kind_are_refused(write) -> None:
     with pytest.raises(DataError, match="quantization"):
         collect([write({"a": made(quantization={"quantizer": "gptq", "bits": "four"})})], recipe="r", seed=1)
+
+
+@pytest.mark.parametrize("width", range(44, 100))
+def test_no_word_is_broken_where_columns_have_no_room(report, width) -> None:
+    from rich.console import Console
+
+    out = io.StringIO()
+    Console(file=out, width=width).print(render_terminal(report))
+    speed = out.getvalue().split("\nSpeed")[1].split("\nAnswers")[0].split()
+    for name in ("four", "file", "peer"):
+        assert name in speed
+    assert speed.count("float32") == speed.count("torch") == len([m for m in report["models"].values() if m["kernel"]])

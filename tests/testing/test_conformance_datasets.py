@@ -221,6 +221,14 @@ class EmptyWhenMissing(Right):
         return super().lines() if self.path.exists() else []
 
 
+class SaysNothing(Right):
+    def lines(self):
+        try:
+            return super().lines()
+        except DataError as error:
+            raise DataError(" ") from error
+
+
 class RaisesAsItComes(Right):
     def example(self, index, line):
         row = json.loads(line)
@@ -233,6 +241,17 @@ class QuotesTheLine(Right):
             return super().example(index, line)
         except DataError as error:
             raise DataError(f"is no row: {line}") from error
+
+
+class KeepsHalfCharacters(Right):
+    def example(self, index, line):
+        try:
+            row = json.loads(line)
+            return Example(
+                id=str(index), prompt=row.get("prompt", "p") if isinstance(row, dict) else "p", completion="c"
+            )
+        except (ValueError, RecursionError) as error:
+            raise DataError("is no row", where=f"{self.path}:{index + 1}") from error
 
 
 class IndexBesideTheSource(Right):
@@ -284,7 +303,9 @@ WRONG = [
     (IdsByPlace, SAME, "names another row with another seed"),
     (LooksForNews, OFFLINE, r"the network was used: connect to 192\.0\.2\.1:443"),
     (EmptyWhenMissing, MISSING, "a missing file was not refused"),
+    (SaysNothing, MISSING, "a missing file: the error says nothing"),
     (RaisesAsItComes, HOSTILE, "KeyError|Expecting value|'int' object|'prompt'"),
+    (KeepsHalfCharacters, HOSTILE, "half of a surrogate pair: row 0: .* holds half of a character"),
     (QuotesTheLine, HOSTILE, "more than one line|control characters|characters"),
     (IndexBesideTheSource, STAY, r"rows\.index changed"),
     (WritesHere, STAY, r"cache\.bin changed"),

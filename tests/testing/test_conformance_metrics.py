@@ -251,6 +251,20 @@ class NotANumberWhenEmpty(Right):
         return super().one(row) if row.text.strip() else float("nan")
 
 
+class QuotesTheAnswer(Right):
+    def one(self, row):
+        if not row.text.isprintable():
+            raise DataError(f"cannot read {row.text}")
+        return super().one(row)
+
+
+class Ranks(Right):
+    """The right values, the smallest one first."""
+
+    def result(self, values, ids):
+        return super().result(tuple(sorted(values)), ids)
+
+
 class NeedsReferences(Right):
     def usable(self, row):
         return bool(row.references[0].split())
@@ -286,6 +300,7 @@ WRONG = [
     (OfTheLastOnly, ORDER, "in another order"),
     (ComparesWithTheFirst, ORDER, "in another order"),
     (LeavesOutTheFirst, ORDER, "other examples are scored"),
+    (Ranks, ORDER, "in another order, example row-"),
     (WithoutDuplicates, DOUBLE, "n is|every row twice"),
     (Sum, DOUBLE, "every row twice: the value is"),
     (WritesNotes, STAY, "a prediction was changed"),
@@ -293,6 +308,7 @@ WRONG = [
     (TwoLines, NONE, "more than one line"),
     (DividesByTheWords, ANSWER, "division by zero"),
     (NotANumberWhenEmpty, ANSWER, "the value is nan"),
+    (QuotesTheAnswer, ANSWER, "more than one line|control characters"),
     (NeedsReferences, PARTS, "out of range"),
 ]
 

@@ -125,6 +125,46 @@ class NeverTruncated(Wrong):
         return [replace(one, truncated=False) for one in super().generate(prompts, sampling, seeds)]
 
 
+class WithAWordMore(Wrong):
+    """What comes after the end token is given, too."""
+
+    def generate(self, prompts, sampling, seeds):
+        found = super().generate(prompts, sampling, seeds)
+        return [one if one.truncated else replace(one, token_ids=(*one.token_ids[:-1], 258, 5)) for one in found]
+
+
+class CountsCalls(Wrong):
+    calls = 0
+
+    def generate(self, prompts, sampling, seeds):
+        self.calls += 1
+        return super().generate(prompts, sampling, [seed + self.calls for seed in seeds])
+
+
+class SeedsOfTheBatch(Wrong):
+    def generate(self, prompts, sampling, seeds):
+        return super().generate(prompts, sampling, [seed + len(prompts) for seed in seeds])
+
+
+class Texts(Wrong):
+    def generate(self, prompts, sampling, seeds):
+        return [one.text for one in super().generate(prompts, sampling, seeds)]
+
+
+class Floats(Wrong):
+    def generate(self, prompts, sampling, seeds):
+        found = super().generate(prompts, sampling, seeds)
+        return [replace(one, token_ids=tuple(map(float, one.token_ids))) for one in found]
+
+
+class LeavesGradients(Wrong):
+    def generate(self, prompts, sampling, seeds):
+        found = super().generate(prompts, sampling, seeds)
+        weight = self.model.live.model.norm.weight
+        weight.grad = torch.zeros_like(weight)
+        return found
+
+
 class GoesOn(Wrong):
     """Knows no end token: what comes after it is part of the answer."""
 
@@ -203,6 +243,10 @@ WRONG = [
     (LiveOnly, DISK, "no model"),
     (WithSpecialTokens, WHOLE, "the text is"),
     (Tensors, WHOLE, "token_ids is no tuple"),
+    (Texts, WHOLE, "str is no Completion"),
+    (Floats, WHOLE, "token ids that are none"),
+    (CountsCalls, SEED, "the same seeds give other answers"),
+    (SeedsOfTheBatch, SEED, "answer 0 is another one when it is sampled alone"),
     (OneSeed, SEED, "in another order|sampled alone"),
     (NoSeed, OTHER, "all seeds give the same answer"),
     (GlobalGenerator, GLOBAL, "torch's global generator"),
@@ -210,6 +254,7 @@ WRONG = [
     (NeverTruncated, LIMIT, "truncated: False"),
     (GoesOn, STOPS, "none of 48 answers|goes on after"),
     (WithSpecialTokens, STOPS, "the end token is in the text"),
+    (WithAWordMore, STOPS, "it goes on after the end token"),
     (IgnoresTemperature, FOLLOWS, "at temperature 0.5"),
     (IgnoresTopK, ONE, "'top_k': 1"),
     (IgnoresTopP, ONE, "'top_p': 1e-06"),
@@ -218,6 +263,7 @@ WRONG = [
     (LeavesEvaluation, STAYS, "left in evaluation mode"),
     (WithDropout, STAYS, "of a model in training"),
     (WritesWeights, STAYS, "weights changed"),
+    (LeavesGradients, STAYS, "gradients of the model changed"),
     (LogprobsOfTheNext, LOGPROBS, "has log-probability"),
 ]
 

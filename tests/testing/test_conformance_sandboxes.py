@@ -198,6 +198,24 @@ def everything_ends_well(self, job):
     return replace(Session.plain(self, job), status="ok", exit_code=0)
 
 
+def giving(outcome):
+    """Every plain program has this outcome."""
+    return with_session(plain=lambda self, job: outcome)
+
+
+def capitals(self, job):
+    outcome = Session.plain(self, job)
+    return replace(outcome, stdout=outcome.stdout.upper())
+
+
+def forgets_the_limit(self, job):
+    return SandboxOutcome(status="ok", exit_code=0) if "'x' *" in job.program else Session.plain(self, job)
+
+
+def one_for_nothing(self, jobs):
+    return Session.run(self, jobs) or [SandboxOutcome(status="ok", exit_code=0)]
+
+
 def unlimited(self, job):
     if "'x' *" in job.program:
         return SandboxOutcome(status="output-limit", stdout="x" * 2**20)
@@ -252,14 +270,24 @@ WRONG = {
     "no names": (reporting(isolates=()), PROBE, "nothing that is isolated"),
     "a dead canary": (reporting(canaries=(DEAD,)), PROBE, "although canaries died: network"),
     "no reason": (SilentlyUnusable, PROBE, "unusable without a reason"),
+    "no report": (type("Wrong", (Sandbox,), {"probe": lambda self: True}), PROBE, "bool is no SandboxReport"),
+    "closed for no reason": (SilentlyUnusable, CLOSED, "unusable without a reason"),
     "opens anyway": (OpensAnyway, CLOSED, "that cannot isolate was opened"),
     "usable anyway": (UsableAnyway, CLOSED, "the probe says usable"),
     "no input": (with_session(plain=without_input), PLAIN, "runtime-error, not ok"),
     "no files": (with_session(plain=without_files), PLAIN, "runtime-error, not ok"),
     "all well": (with_session(plain=everything_ends_well), PLAIN, "ok, not runtime-error"),
     "no limit": (with_session(plain=unlimited), PLAIN, "characters of output were kept"),
+    "a text": (giving("ok"), PLAIN, "str is no SandboxOutcome"),
+    "a status of its own": (giving(SandboxOutcome(status="fine")), PLAIN, "there is no status 'fine'"),
+    "two ends": (giving(SandboxOutcome(status="timeout", exit_code=1, signal=9)), PLAIN, "an exit code and a signal"),
+    "ok with 1": (giving(SandboxOutcome(status="ok", exit_code=1)), PLAIN, "ok with exit code 1"),
+    "before it began": (giving(SandboxOutcome(status="ok", exit_code=0, wall_s=-1.0)), PLAIN, "a negative measure"),
+    "capitals": (with_session(plain=capitals), PLAIN, "printed 'NAÏVE CAFÉ"),
+    "forgets the limit": (with_session(plain=forgets_the_limit), PLAIN, "too much output: ok"),
     "no reason for infra": (with_session(plain=no_reason), PLAIN, "infra-error without a reason"),
     "backwards": (with_session(run=backwards), ORDER, "out of order"),
+    "one for nothing": (with_session(run=one_for_nothing), ORDER, "no jobs have outcomes"),
     "no jobs": (with_session(run=needs_jobs), ORDER, "NoneType"),
     "one directory": (with_session(plain=one_directory), APART, "sees what another one left"),
     "another verdict": (changed("busy loop", status="runtime-error"), PYTHON, "busy loop: runtime-error instead"),

@@ -279,6 +279,16 @@ def infinite(params, ctx):
     return right(params, ctx)
 
 
+def between_two_steps(params, ctx):
+    ctx.metrics({"loss": 1.0}, step=1.5)
+    return right(params, ctx)
+
+
+def in_words(params, ctx):
+    ctx.metrics({"loss": "high"}, step=1)
+    return right(params, ctx)
+
+
 def before_the_first_step(params, ctx):
     ctx.metrics({"loss": 1.0}, step=-1)
     return right(params, ctx)
@@ -347,6 +357,8 @@ WRONG = [
     (spec_of(into_the_current_directory), PLACE, r"log\.txt changed"),
     (spec_of(beyond_the_total), SAYS, r"progress\(9, 3\)"),
     (spec_of(infinite), SAYS, "metric 'loss' is inf"),
+    (spec_of(between_two_steps), SAYS, r"metrics of step 1\.5"),
+    (spec_of(in_words), SAYS, "the stage failed: .*could not convert string to float: 'high'"),
     (spec_of(before_the_first_step), SAYS, "metrics of step -1"),
     (spec_of(right, Accepting), REFUSED, r"were accepted: {'times': 0}"),
     (spec_of(right, Accepting, check=misplaced), REFUSED, "control characters"),

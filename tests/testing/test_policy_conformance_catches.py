@@ -1,15 +1,19 @@
-"""Deliberately wrong policy losses: each must fail the suite, and every test of the suite must catch one."""
+"""Deliberately wrong policy losses: each must fail the suite for its own reason, and every check must catch one."""
 
 from __future__ import annotations
 
-import inspect
+import sys
 from dataclasses import replace
-from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
 
-from kdkit.api import ConformanceError, KdkitError, PolicyLossOutput
+sys.path.insert(0, str(Path(__file__).parent))
+
+from suites import check, checks_of, variant
+
+from kdkit.api import ConformanceError, PolicyLossOutput
 from kdkit.testing.conformance.policy import PolicyLossConformance
 
 
@@ -153,10 +157,44 @@ def noisy(x):
     return replace(out, per_token=out.per_token * (1 + 1e-9 * torch.rand_like(out.per_token)))
 
 
-def in_place(x):
+def ids_in_place(x):
     out = right(x)
-    x.advantages.mul_(0.5)
+    x.completion_ids.zero_()
     return out
+
+
+def noisy_gradient(x):
+    out = right(x)
+    moved = torch.rand_like(out.per_token) * (out.per_token - out.per_token.detach())
+    return replace(out, per_token=out.per_token + moved)
+
+
+def twice_the_gradient(x):
+    out = right(x)
+    return replace(out, per_token=2 * out.per_token - out.per_token.detach())
+
+
+def the_wrong_way(x):
+    out = right(x)
+    return replace(out, per_token=2 * out.per_token.detach() - out.per_token)
+
+
+def gradient_without_advantages(x):
+    new, *_ = parts(x)
+    out = right(x)
+    return replace(out, per_token=out.per_token + 0.01 * (new - new.detach()))
+
+
+def gradient_to_neighbours(x):
+    out = right(x)
+    real = torch.arange(x.mask.shape[1]) < x.lengths[:, None]
+    moved = torch.where(real, x.logprobs - x.logprobs.detach(), 0.0).sum()
+    return replace(out, per_token=out.per_token + moved)
+
+
+def gradient_in_half_precision(x):
+    exact, rounded = right(x), in_half_precision(x).per_token
+    return replace(exact, per_token=exact.per_token.detach() + rounded - rounded.detach())
 
 
 def nothing_without_gradients(x):
@@ -232,107 +270,94 @@ def padding_told_by_an_id(x):
     return right(replace(x, mask=x.mask & (x.completion_ids != 0)))
 
 
-FAULTS = (
-    unmasked_mean,
-    mean_over_the_completion,
-    divided_by_the_padded_width,
-    divided_by_the_batch,
-    padding_leaks,
-    silent_completions_leak,
-    gradient_through_padding,
-    ratio_of_the_wrong_sign,
-    advantage_of_the_wrong_sign,
-    clip_on_the_wrong_side,
-    always_clipped,
-    never_clipped,
-    clip_in_log_space,
-    reinforce_without_a_ratio,
-    ratio_has_no_gradient,
-    weights_are_ignored,
-    weights_are_wanted,
-    gradient_to_the_old_policy,
-    gradient_to_the_advantages,
-    penalty_without_advantages,
-    advantages_whitened_here,
-    the_first_completion_is_special,
-    noisy,
-    in_place,
-    nothing_without_gradients,
-    one_number,
-    always_double,
-    in_half_precision,
-    unknown_aggregation,
-    no_constant_length,
-    metric_of_the_mean,
-    metric_over_padding,
-    metric_with_a_gradient,
-    metric_per_token,
-    zero_without_a_teacher,
-    last_token_lost,
-    shifted,
-    padding_told_by_an_id,
-    entropy_for_nothing,
+FORMULA = "test_value_and_gradient_are_those_of_the_formula"
+ALONE, ONE = "test_without_importance_weights_they_arealone", "test_where_nothing_was_learned_yet_the_ratio_is_one"
+SLOPE, ZERO = "test_the_gradient_is_that_of_the_value", "test_without_advantages_nothing_is_learned"
+CLIP = "test_clipping_stops_the_token_that_would_move_further_out_and_no_other"
+PADDING, SILENT = (
+    "test_padding_changes_nothing_whatever_it_holds",
+    "test_a_completion_that_does_not_count_is_not_there",
 )
-
-
-def suite_of(fault):
-    class Suite(PolicyLossConformance):
-        needs = frozenset({"teacher"})
-        clip = (0.8, 1.2)
-
-        def build(self):
-            return fault
-
-        def reference(self, c):
-            return c.weights * surrogate((c.logprobs - c.old_logprobs).exp(), c.advantages)
-
-    return Suite()
-
-
-@cache
-def failures(fault):
-    suite, names = suite_of(fault), []
-    for name, test in inspect.getmembers(suite, inspect.ismethod):
-        if name.startswith("test_"):
-            try:
-                test()
-            except (AssertionError, KdkitError, RuntimeError, AttributeError, TypeError, pytest.fail.Exception):
-                names.append(name)
-            except pytest.skip.Exception:
-                pass
-    return names
-
-
-def test_the_right_loss_passes_everything():
-    assert failures(right) == []
-
-
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.__name__)
-def test_the_suite_catches(fault):
-    assert failures(fault)
-
-
-@pytest.mark.parametrize(
-    ("fault", "test"),
-    [
-        (padding_leaks, "test_padding_changes_nothing_whatever_it_holds"),
-        (silent_completions_leak, "test_a_completion_that_does_not_count_is_not_there"),
-        (advantages_whitened_here, "test_any_cut_into_micro_batches_gives_the_same_gradient"),
-        (clip_on_the_wrong_side, "test_clipping_stops_the_token_that_would_move_further_out_and_no_other"),
-        (ratio_has_no_gradient, "test_the_gradient_is_that_of_the_value"),
-        (penalty_without_advantages, "test_without_advantages_nothing_is_learned"),
-        (reinforce_without_a_ratio, "test_where_nothing_was_learned_yet_the_ratio_is_one"),
-    ],
-    ids=lambda v: getattr(v, "__name__", ""),
+CUTS, ORDER = (
+    "test_any_cut_into_micro_batches_gives_the_same_gradient",
+    "test_completions_may_stand_in_any_order",
 )
-def test_the_fault_is_named_even_without_a_reference(fault, test):
-    assert test in failures(fault)
+TWICE, SAMPLED = (
+    "test_the_same_twice_and_the_inputs_stay_as_they_are",
+    "test_no_gradient_reaches_what_was_sampled",
+)
+OUTPUT, FLOAT32 = "test_one_value_per_token_in_the_dtype_of_the_logprobs", "test_float32_is_near_float64"
+METRICS, NEEDS = (
+    "test_metrics_are_sums_over_tokens_that_count",
+    "test_what_it_needs_is_declared_and_refused_when_missing",
+)
+WRONG = [
+    (unmasked_mean, FORMULA, "^the step's loss: off by"),
+    (mean_over_the_completion, FORMULA, "^the step's loss: off by"),
+    (divided_by_the_padded_width, FORMULA, "^the step's loss: off by"),
+    (divided_by_the_batch, FORMULA, "^the step's loss: off by"),
+    (ratio_of_the_wrong_sign, FORMULA, "^the step's loss: off by"),
+    (always_clipped, FORMULA, "^the step's loss: off by"),
+    (clip_in_log_space, FORMULA, "^the step's loss: off by"),
+    (weights_are_ignored, FORMULA, "^the step's loss: off by"),
+    (last_token_lost, FORMULA, "^the step's loss: off by"),
+    (shifted, FORMULA, "^the step's loss: off by"),
+    (padding_told_by_an_id, FORMULA, "^the step's loss: off by"),
+    (twice_the_gradient, FORMULA, "^the gradient of the step's loss: off by"),
+    (weights_are_wanted, ALONE, "^the loss without importance weights: off by"),
+    (reinforce_without_a_ratio, ONE, "at ratio 1 the mean of -A: off by"),
+    (twice_the_gradient, SLOPE, "gradient of logprobs at 0, "),
+    (ratio_has_no_gradient, SLOPE, "gradient of logprobs at 0, "),
+    (penalty_without_advantages, ZERO, "a loss without advantages"),
+    (gradient_without_advantages, ZERO, "a gradient without advantages"),
+    (never_clipped, CLIP, "at ratio 1.260 with a positive advantage there is a gradient"),
+    (clip_on_the_wrong_side, CLIP, "there is (a|no) gradient"),
+    (the_wrong_way, CLIP, "at ratio 1.260 with a negative advantage the token moves the wrong way"),
+    (advantage_of_the_wrong_sign, CLIP, "at ratio 1.260 with a positive advantage there is a gradient"),
+    (gradient_through_padding, PADDING, "padding of 3.0 has a gradient"),
+    (padding_leaks, PADDING, "^the loss with padding of 3.0: off by"),
+    (gradient_to_neighbours, SILENT, "a completion that does not count has a gradient"),
+    (silent_completions_leak, SILENT, "^the loss beside completions that do not count: off by"),
+    (advantages_whitened_here, CUTS, r"^the loss of micro-batches \(\(4, 0\), \(3, 5\), \(1, 2\)\): off by"),
+    (the_first_completion_is_special, ORDER, "^the loss of completions in another order: off by"),
+    (noisy_gradient, TWICE, "two calls give different values"),
+    (noisy, TWICE, "the value without gradients: off by"),
+    (nothing_without_gradients, TWICE, "the value without gradients: off by"),
+    (ids_in_place, TWICE, "completion_ids was changed in place"),
+    (gradient_to_the_old_policy, SAMPLED, "old_logprobs has a gradient"),
+    (gradient_to_the_advantages, SAMPLED, "advantages has a gradient"),
+    (one_number, OUTPUT, r"one value per token, got \(\)"),
+    (always_double, OUTPUT, "torch.float32 gave torch.float64"),
+    (unknown_aggregation, OUTPUT, "mean"),
+    (no_constant_length, OUTPUT, "constant_length goes with constant-length"),
+    (in_half_precision, FLOAT32, "the value in float32: off by"),
+    (gradient_in_half_precision, FLOAT32, "the gradient in float32: off by"),
+    (metric_per_token, METRICS, "metric ratio is not a scalar"),
+    (metric_with_a_gradient, METRICS, "metric ratio has a gradient"),
+    (metric_of_the_mean, METRICS, "metric ratio of parts: off by"),
+    (metric_over_padding, METRICS, "metric ratio with padding: off by"),
+    (entropy_for_nothing, NEEDS, "wants_entropy of the loss is True"),
+    (zero_without_a_teacher, NEEDS, "DID NOT RAISE"),
+]
 
 
-def test_no_test_of_the_suite_is_idle():
-    """Every test must be the reason of at least one failure."""
-    caught = {name for fault in FAULTS for name in failures(fault)}
-    own = {
-        name for name, _ in inspect.getmembers(PolicyLossConformance, inspect.isfunction) if name.startswith("test_")
-    }
-    assert own <= caught, own - caught
+def suite(loss):
+    return variant(
+        PolicyLossConformance,
+        needs=frozenset({"teacher"}),
+        clip=(0.8, 1.2),
+        build=lambda: loss,
+        reference=lambda c: c.weights * surrogate((c.logprobs - c.old_logprobs).exp(), c.advantages),
+    )
+
+
+@pytest.mark.parametrize(("loss", "test", "reason"), WRONG, ids=lambda value: getattr(value, "__name__", ""))
+def test_a_wrong_loss_fails(loss, test, reason, tmp_path):
+    with pytest.raises((AssertionError, pytest.fail.Exception), match=reason):
+        check(suite(loss), test, tmp_path)
+
+
+@pytest.mark.parametrize("test", checks_of(PolicyLossConformance))
+def test_a_right_loss_passes_and_no_test_is_idle(test, tmp_path):
+    assert test in {caught for _, caught, _ in WRONG}
+    check(suite(right), test, tmp_path)

@@ -132,6 +132,23 @@ def in_place(source, rows, out, ctx):
     (out / MODEL).write_bytes(bytes(10**6))
 
 
+def beyond_the_end(source, rows, out, ctx):
+    ctx.progress(3, 1)
+    return right(source, rows, out, ctx)
+
+
+def loads_rows_itself(source, rows, out, ctx):
+    return right(source, ctx.load("jsonl"), out, ctx)
+
+
+def in_place_politely(source, rows, out, ctx):
+    """Says what happened, and leaves what it wrote."""
+    try:
+        in_place(source, rows, out, ctx)
+    except OSError as error:
+        raise KdkitError("no room") from error
+
+
 def two_lines(source, rows, out, ctx):
     try:
         return right(source, rows, out, ctx)
@@ -145,26 +162,29 @@ NONE, TWICE = "test_without_rows_it_refuses_or_needs_none", "test_a_quantized_mo
 OTHER, DISK = "test_another_architecture_is_quantized_or_refused", "test_a_full_disk_leaves_nothing"
 MIDWAY, SIGNAL = "test_a_failure_half_way_leaves_nothing", "test_a_signal_stops_it"
 WRONG = [
-    (scaled, LOADS),
-    (another_tokenizer, LOADS),
-    (no_tokenizer, LOADS),
-    (wrong_size, SIZE),
-    (a_copy, SIZE),
-    (no_bits, SIZE),
-    (errors_that_are_no_numbers, SIZE),
-    (kept_layers_that_are_none, SIZE),
-    (the_time, SAME),
-    (a_path, SAME),
-    (text_in_a_file, ROWS),
-    (text_in_the_log, ROWS),
-    (text_in_a_note, ROWS),
-    (right, NONE),
-    (again, TWICE),
-    (half_of_gpt2, OTHER),
-    (in_place, DISK),
-    (two_lines, DISK),
-    (in_place, MIDWAY),
-    (in_place, SIGNAL),
+    (scaled, LOADS, "logits differ by"),
+    (another_tokenizer, LOADS, "the tokenizer is another one"),
+    (no_tokenizer, LOADS, "tokenizer"),
+    (beyond_the_end, LOADS, r"progress\(3, 1, {}\) is no progress"),
+    (loads_rows_itself, LOADS, "a quantizer loads no data: jsonl"),
+    (wrong_size, SIZE, r"bytes_on_disk is \d+, on the disk are \d+"),
+    (a_copy, SIZE, r"(\d+) bytes became \1"),
+    (no_bits, SIZE, "bits 0 and group_size"),
+    (errors_that_are_no_numbers, SIZE, r"not finite, or of other layers: \['a'\]"),
+    (kept_layers_that_are_none, SIZE, r"of other layers: \['no\.such\.layer'\]"),
+    (the_time, SAME, "two runs wrote different models"),
+    (a_path, SAME, "mention a path of this machine"),
+    (text_in_a_file, ROWS, r"is in \['calibration\.txt'\]"),
+    (text_in_the_log, ROWS, "is in what it says"),
+    (text_in_a_note, ROWS, "is in what it says"),
+    (right, NONE, "no rows was not refused"),
+    (again, TWICE, "a quantised model was not refused"),
+    (half_of_gpt2, OTHER, "it failed and left model"),
+    (in_place, DISK, "File too large"),
+    (in_place_politely, DISK, "it failed and left model"),
+    (two_lines, DISK, "a full disk is refused in more than one line"),
+    (in_place, MIDWAY, "it failed and left model"),
+    (in_place, SIGNAL, "it failed and left model"),
 ]
 
 
@@ -188,13 +208,13 @@ def source(tmp_path):
     return save_tiny_model(tmp_path / "source")
 
 
-@pytest.mark.parametrize(("quantize", "test"), WRONG, ids=lambda value: getattr(value, "__name__", ""))
-def test_a_wrong_quantizer_fails(quantize, test, source, tmp_path):
-    with pytest.raises((KdkitError, OSError)):
+@pytest.mark.parametrize(("quantize", "test", "reason"), WRONG, ids=lambda value: getattr(value, "__name__", ""))
+def test_a_wrong_quantizer_fails(quantize, test, reason, source, tmp_path):
+    with pytest.raises((KdkitError, OSError), match=reason):
         check(quantize, test, source, tmp_path)
 
 
 @pytest.mark.parametrize("test", [name for name in dir(QuantizerConformance) if name.startswith("test_")])
 def test_a_right_quantizer_passes_and_no_test_is_idle(test, source, tmp_path):
-    assert test in {caught for _, caught in WRONG}
+    assert test in {caught for _, caught, _ in WRONG}
     check(calibrated if test in {NONE, ROWS} else right, test, source, tmp_path)

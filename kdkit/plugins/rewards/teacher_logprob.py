@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kdkit.api.data import Dense, Example, RewardScore, Rollout
-from kdkit.api.errors import ConformanceError, ModelError, RecipeError
+from kdkit.api.errors import ConformanceError, DataError, ModelError, RecipeError
 from kdkit.models.chat import ChatEncoder, Encoded
 from kdkit.models.load import load_tokenizer, token_fingerprint
 from kdkit.plugins.rewards.scores import scored
@@ -55,13 +55,20 @@ class TeacherLogprob:
         # Ids in the padding of the student's head mean nothing to the teacher.
         width = self._teacher.vocabulary.size
         readable = [i for i, r in enumerate(rollouts) if sizes[i] and all(0 <= token < width for token in r.token_ids)]
-        means: dict[int, float] = {}
+        rows: dict[int, Encoded] = {}
+        scores: dict[int, RewardScore] = {}
+        for index in readable:
+            try:
+                rows[index] = self._encoded(rollouts[index])
+            except DataError as error:  # without a prompt nothing predicts the first token
+                scores[index] = RewardScore.unscorable(error.what)
         # Rows of similar length together; a row's value does not depend on its neighbours but for rounding.
-        readable.sort(key=lambda index: -sizes[index])
-        for start in range(0, len(readable), self._batch_size):
-            chosen = readable[start : start + self._batch_size]
-            means.update(zip(chosen, self._means([self._encoded(rollouts[i]) for i in chosen]), strict=True))
-        return [self._score(means.get(index)) for index in range(len(rollouts))]
+        order = sorted(rows, key=lambda index: -sizes[index])
+        for start in range(0, len(order), self._batch_size):
+            chosen = order[start : start + self._batch_size]
+            means = self._means([rows[index] for index in chosen])
+            scores.update(zip(chosen, map(self._score, means), strict=True))
+        return [scores.get(index) or self._score(None) for index in range(len(rollouts))]
 
     def close(self) -> None:
         """Release the teacher."""

@@ -150,7 +150,8 @@ class QuantizerConformance:
         if info.bits < 1 or not (info.group_size == -1 or info.group_size > 0):
             raise ConformanceError(f"bits {info.bits} and group_size {info.group_size} are none")
         odd = {name for name, error in info.layer_errors.items() if not 0 <= error < float("inf")}
-        if odd or set(info.kept_rtn) - set(info.layer_errors):
+        odd |= set(info.kept_rtn) - set(info.layer_errors)
+        if odd:
             raise ConformanceError(f"error figures are not finite, or of other layers: {sorted(odd)}")
 
     def test_the_same_model_gives_the_same_files(self, source: Path, tmp_path: Path) -> None:

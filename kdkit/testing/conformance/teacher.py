@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
@@ -63,7 +63,7 @@ class TeacherConformance:
 
     def rows(self) -> Sequence[Encoded]:
         """Three or more rows of unequal length to ask it about; random tokens of its vocabulary by default."""
-        tokens = self.build().vocabulary.tokens
+        tokens = self._built().vocabulary.tokens
         source = random.Random(17)  # noqa: S311 - tokens for tests
         return [
             Encoded(f"row-{n}", tuple(source.randrange(tokens) for _ in range(size)), (False,) * cut + (True,) * rest)
@@ -76,12 +76,24 @@ class TeacherConformance:
 
     # -- helpers
 
+    @pytest.fixture(autouse=True)
+    def _closes(self) -> Iterator[None]:
+        """What a check builds is closed after it: a teacher may hold a connection or a process."""
+        yield
+        for teacher in self.__dict__.pop("_teachers", []):
+            teacher.close()
+
+    def _built(self) -> Teacher:
+        teacher = self.build()
+        self.__dict__.setdefault("_teachers", []).append(teacher)
+        return teacher
+
     def _needs(self, *kinds: str) -> None:
         if not self.gives & set(kinds):
             pytest.skip(f"it gives no {' or '.join(kinds)}")
 
     def _whole(self, batch: TokenBatch, teacher: Teacher | None = None) -> Dense | TopK:
-        signals = (teacher or self.build()).signals(batch)
+        signals = (teacher or self._built()).signals(batch)
         return signals.block(0, int(batch.labels_mask.sum()))
 
     def _same(self, got: Dense | TopK, wanted: Dense | TopK, what: str) -> None:
@@ -92,18 +104,18 @@ class TeacherConformance:
         assert gap <= self.tolerance, f"{what}: log-probabilities differ by up to {gap:.2e}"
 
     def _width(self) -> int:
-        return int(self.build().vocabulary.size)
+        return int(self._built().vocabulary.size)
 
     # -- the contract
 
     def test_its_vocabulary_says_which_tokens_it_is_about(self) -> None:
         """A student with other tokens is refused by it; every instance says the same."""
-        found = self.build().vocabulary
+        found = self._built().vocabulary
         assert isinstance(found, Vocabulary), f"vocabulary is a {type(found).__name__}, not a Vocabulary"
         assert found.fingerprint, "the vocabulary has no fingerprint"
         assert found.size >= 1, f"the vocabulary has a size of {found.size}"
         assert found.tokens >= 1, f"the vocabulary has {found.tokens} tokens"
-        assert self.build().vocabulary == found, "another instance has another vocabulary"
+        assert self._built().vocabulary == found, "another instance has another vocabulary"
 
     def test_signals_fit_the_tokens(self) -> None:
         """One row of finite numbers per valid token, of the kind that the spec declares."""
@@ -191,7 +203,7 @@ class TeacherConformance:
         self._needs("logits", "topk")
         batch = collate(self.rows())
         count = int(batch.labels_mask.sum())
-        signals, width = self.build().signals(batch), self._width()
+        signals, width = self._built().signals(batch), self._width()
         whole = _table(signals.block(0, count), width)
         for start, stop in ((count - 1, count), (0, 1), (count // 3, count // 2 + 1), (0, count), (0, 1)):
             part = _table(signals.block(start, stop), width)
@@ -203,7 +215,7 @@ class TeacherConformance:
     def test_neighbours_and_padding_do_not_matter(self) -> None:
         """Rows alone, padded left or right by any token, or laid end to end: the same of every token."""
         self._needs("logits", "topk")
-        rows, teacher = self.rows(), self.build()
+        rows, teacher = self.rows(), self._built()
         alone = [self._whole(collate([row]), teacher) for row in rows]
         layouts = {side: _padded(rows, side) for side in ("left", "right")} | {"packed": pack(rows)}
         for layout, batch in layouts.items():
@@ -217,7 +229,7 @@ class TeacherConformance:
     def test_the_same_twice_and_from_another_instance(self) -> None:
         """Nothing is drawn: dropout is off."""
         self._needs("logits", "topk")
-        batch, teacher = collate(self.rows()), self.build()
+        batch, teacher = collate(self.rows()), self._built()
         torch.manual_seed(2)
         first = self._whole(batch, teacher)
         torch.manual_seed(3)
@@ -236,7 +248,7 @@ class TeacherConformance:
 
     def test_hidden_states_are_those_asked_for(self) -> None:
         self._needs("hidden")
-        teacher: Any = self.build()
+        teacher: Any = self._built()
         batch = collate(self.rows())
         count, last = int(batch.labels_mask.sum()), len(teacher.hidden_sizes) - 1
         signals = teacher.signals(batch, layers=(0, last))
@@ -252,7 +264,7 @@ class TeacherConformance:
     def test_it_answers_every_prompt_in_order(self) -> None:
         """One completion per prompt, the same for the same seed, none longer than the limit."""
         self._needs("text")
-        teacher, sampling = self.build(), Sampling(max_new_tokens=6)
+        teacher, sampling = self._built(), Sampling(max_new_tokens=6)
         found = list(teacher.generate(_PROMPTS, sampling, 5))
         assert len(found) == len(_PROMPTS), f"{len(found)} completions for {len(_PROMPTS)} prompts"
         for completion in found:
@@ -266,7 +278,7 @@ class TeacherConformance:
         assert list(teacher.generate([], sampling, 5)) == [], "no prompts have answers"
 
     def test_it_may_be_closed_twice(self) -> None:
-        teacher = self.build()
+        teacher = self._built()
         teacher.close()
         teacher.close()
 
@@ -274,7 +286,7 @@ class TeacherConformance:
         """Before training starts, as is a student whose tokens are others."""
         if not self.fixed_rows:
             pytest.skip("it knows every row")
-        teacher: Any = self.build()
+        teacher: Any = self._built()
         assert teacher.temperature > 0, f"the temperature is {teacher.temperature}"
         rows = list(self.rows())
         teacher.check_rows(rows)

@@ -29,7 +29,7 @@ class BertscoreLiteParams(Params):
     Reports call the metric `bertscore-lite`, `bertscore-lite-precision`, `bertscore-lite-recall`."""
     model: Path | None = None
     """Directory of a transformers model whose hidden states are the embeddings, such as a BERT encoder; a relative path
-    starts where kdkit is started. Its name is part of the metric's name in reports. Left out, the vectors of the
+    starts at the recipe. Its name is part of the metric's name in reports. Left out, the vectors of the
     package wordllama are taken, which comes with this one."""
     layer: int | None = Field(None, ge=0)
     """Which hidden states: 0 is the embedding, i what layer i puts out. The last ones unless given. Needs `model`."""

@@ -5,32 +5,49 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Callable, Sequence
-from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from conftest import sample
 
 import kdkit
-from kdkit.api import DataError, Dataset, Example, RecipeError
+import kdkit_humaneval
+from kdkit.api import DataError, DatasetLoader, Example, RecipeError
+from kdkit.testing.conformance import DatasetConformance
+from kdkit.testing.fakes import FakeBuildContext
 
-ROWS = [json.loads(line) for line in (files("kdkit_humaneval") / "sample.jsonl").read_text("utf-8").splitlines()]
+SAMPLE = Path(kdkit_humaneval.__file__).with_name("sample.jsonl")
+ROWS = [json.loads(line) for line in SAMPLE.read_text("utf-8").splitlines()]
 Write = Callable[[Sequence[str]], Path]
 
 
-class Context:
-    """A ``LoadContext`` that takes references for paths."""
-
-    seed = 0
-    offline = True
-
-    def resolve(self, ref: Any, /) -> Any:
-        return Dataset(path=Path(str(ref.source)))
+def build(path: Path, **params: Any) -> DatasetLoader:
+    built: DatasetLoader = kdkit.build("dataset", "humaneval", source=str(path), **params)
+    return built
 
 
 def load(path: Path, **params: Any) -> list[Example]:
-    return list(kdkit.build("dataset", "humaneval", source=str(path), **params).load(Context()).examples)
+    return list(build(path, **params).load(FakeBuildContext()).examples)
+
+
+class TestHumanEval(DatasetConformance):
+    params: ClassVar[dict[str, str]] = {}
+
+    def build(self) -> DatasetLoader:
+        return build(SAMPLE, **self.params)
+
+    def build_on(self, path: Path) -> DatasetLoader:
+        return build(path, **self.params)
+
+
+class TestHumanEvalToComplete(TestHumanEval):
+    params: ClassVar[dict[str, str]] = {"prompt_style": "complete"}
+
+
+class TestHumanEvalToFixPacked(TestHumanEval):
+    params: ClassVar[dict[str, str]] = {"task": "fix"}
+    suffix: ClassVar[str] = ".jsonl.gz"
 
 
 def test_a_problem_to_write() -> None:
@@ -133,9 +150,11 @@ def test_what_is_no_file_of_rows(tmp_path: Path) -> None:
     (tmp_path / "bytes.jsonl").write_bytes(b"\xff\xfe")
     with pytest.raises(DataError, match="cannot be read"):
         load(tmp_path / "bytes.jsonl")
-    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b"{}" * 99)[:-9])
-    with pytest.raises(DataError, match="cannot be read"):
-        load(tmp_path / "cut.jsonl.gz")
+    packed = gzip.compress(json.dumps(ROWS[0]).encode())
+    for damaged in (packed[:-9], packed[:10] + bytes(20), packed[:-8] + bytes(8), b"not packed at all"):
+        (tmp_path / "damaged.jsonl.gz").write_bytes(damaged)
+        with pytest.raises(DataError, match="cannot be read"):
+            load(tmp_path / "damaged.jsonl.gz")
 
 
 def test_a_repair_has_no_prompt_to_complete() -> None:

@@ -12,8 +12,8 @@ from kdkit_acme import plugin, quantizer
 
 class TestQuantizer(QuantizerConformance):
     def build(self) -> Quantizer:
-        quantizer: Quantizer = SPEC.build(SPEC.params(group_size=32))
-        return quantizer
+        built: Quantizer = SPEC.build(SPEC.params(group_size=32))
+        return built
 
 
 def test_weights_move_by_half_a_step_at_most() -> None:

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from kdkit.api import ModelError, QuantizedInfo
-from kdkit.api.errors import Stopped
+from kdkit.api import ModelError, QuantizedInfo, Stopped
 from kdkit.models.pretrained import read_model
 from kdkit.models.quantized.checkpoint import GptqFormat, write_checkpoint
 from kdkit.models.quantized.form import refuse_quantized

@@ -1,4 +1,4 @@
-"""What kdkit reads of this package. Keep it light: it is imported for every command."""
+"""What kdkit reads of this package. Keep it light: what lists or checks components imports it."""
 
 from __future__ import annotations
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from kdkit.api import Artifact, DataError, Dataset
-from kdkit.api.errors import Stopped
-from kdkit.models.examples import example_to_json
+from kdkit.api import Artifact, DataError, Dataset, Stopped
 
 if TYPE_CHECKING:
     from kdkit.api import Example, StageContext
@@ -35,7 +34,7 @@ def run(
                 raise Stopped(f"stopped after {done - 1} rows")
             if params.min_words <= words(example) <= params.max_words:
                 kept += 1
-                out.write(json.dumps(example_to_json(example), ensure_ascii=False) + "\n")
+                out.write(json.dumps(asdict(example), ensure_ascii=False) + "\n")
             ctx.progress(done, len(examples))
     if not kept:
         why = f"no answer of {len(examples)} has {params.min_words} to {params.max_words} words"
