@@ -109,3 +109,37 @@ def test_a_machine_that_does_not_do_ends_a_run_before_it_begins(leveled, tmp_pat
 
 def test_a_machine_that_does_is_not_refused(leveled):
     assert "is not quantised" in str(leveled(1).error)
+
+
+COPIES = """
+import shutil
+from pathlib import Path
+from kdkit.api import EnvironmentUnmet, Params, QuantizerSpec, hookimpl
+from kdkit.api.data import QuantizedInfo
+
+class Copies:
+    def quantize(self, model_dir, calibration, out_dir, ctx):
+        shutil.copytree(model_dir, out_dir)
+        return QuantizedInfo(bits=16, group_size=1, bytes_on_disk=1, layer_errors={})
+
+def ready(params):
+    if Path(__file__).with_name("unplugged").exists():
+        raise EnvironmentUnmet("the device is gone")
+
+@hookimpl
+def kdkit_quantizers():
+    yield QuantizerSpec(name="copies", summary="Copies", params=Params, build=lambda params: Copies(), ready=ready)
+"""
+
+
+def test_what_is_done_already_needs_no_machine(tmp_path):
+    (tmp_path / "copies.py").write_text(COPIES)
+    save_tiny_model(tmp_path / "tiny")
+    stages = {"q": {"kind": "quantize", "model": "./tiny", "quantizer": {"use": "copies"}}}
+    file = tmp_path / "recipe.yaml"
+    file.write_text(json.dumps({"kdkit": 1, "name": "test", "plugins": ["./copies.py"], "stages": stages}))
+    assert kdkit.run(file, inline=True, out=tmp_path / "runs").ok
+    (tmp_path / "unplugged").touch()
+    assert kdkit.run(file, inline=True, out=tmp_path / "runs").ok
+    with pytest.raises(EnvironmentUnmet, match="the device is gone"):
+        kdkit.run(file, inline=True, out=tmp_path / "runs", force=["q"])

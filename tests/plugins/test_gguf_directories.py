@@ -91,6 +91,16 @@ def test_what_was_exported_is_what_is_loaded(name, exported):
     assert len(load_tokenizer(artifact)) > 0
 
 
+def test_tokens_that_end_an_answer_are_those_of_the_source(tmp_path):
+    """A chat model has several, which config.json does not say."""
+    model = model_of("llama", ROWS)
+    model.generation_config.eos_token_id = [2, 0]
+    export(save(model, tokenizer_for("llama"), tmp_path / "source"), tmp_path / "out")
+    loaded = load_model(Model(path=tmp_path / "out", format="gguf"), dtype=torch.float32)
+    assert loaded.generation_config.eos_token_id == [2, 0]
+    assert loaded.config.eos_token_id == 2
+
+
 def test_it_is_loaded_in_the_precision_that_was_asked_for(exported):
     artifact = Model(path=exported("llama")[1], format="gguf")
     exact, rounded = (load_model(artifact, dtype=dtype).state_dict() for dtype in (torch.float32, torch.bfloat16))

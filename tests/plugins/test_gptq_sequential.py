@@ -259,6 +259,14 @@ def test_no_more_is_kept_than_there_is_room_for(tmp_path, monkeypatch):
     assert worked["o_proj"] == 5
 
 
+def test_a_whole_takes_the_place_of_its_parts(tmp_path, monkeypatch):
+    """Attention (32 float64 for every token) that of q, k and v (64), which leaves room for gate and up (64 each)."""
+    (batch,) = calls.batches(make_rows(), "cpu")
+    monkeypatch.setattr(block_pass, "KEPT_BYTES", batch.ids.numel() * (32 + 64 + 64) * 8)
+    worked = work_of_layers(tmp_path, monkeypatch)
+    assert worked == dict.fromkeys(worked, 3)
+
+
 def test_memory_of_finished_blocks_is_given_back(tmp_path):
     model = tiny_model()
     quantise(model, tmp_path)

@@ -152,6 +152,17 @@ def test_a_dequantised_model_forgets_that_it_was_one(written, tmp_path):
     assert model_format(tmp_path / "plain") == "full"
 
 
+def test_tokens_that_end_an_answer_are_those_of_the_source(source, tmp_path):
+    """A chat model has several, which config.json does not say."""
+    shutil.copytree(source, tmp_path / "s")
+    file = tmp_path / "s" / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": [258, 257]}))
+    write_checkpoint(tmp_path / "s", tmp_path / "q", rounded(source), form(), write_head=False)
+    model = load(tmp_path / "q")
+    assert model.generation_config.eos_token_id == [258, 257]
+    assert model.config.eos_token_id == 258
+
+
 def test_a_quantised_source_is_refused(written, tmp_path):
     with pytest.raises(ModelError, match=r"is already quantised \(gptq\)"):
         write_checkpoint(written, tmp_path / "q", {}, form(), write_head=False)
