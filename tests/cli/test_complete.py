@@ -287,6 +287,19 @@ def test_what_is_installed_since_is_found(counted, tmp_path, monkeypatch):
     assert len(counted) == 2
 
 
+def test_every_import_path_and_choice_of_plugins_has_a_list_of_its_own(counted, monkeypatch, install_plugin):
+    loss = "LossSpec(name='mine', summary='s', params=Params, build=print)"
+    text = f"from kdkit.api import LossSpec, Params, hookimpl\n@hookimpl\ndef kdkit_losses():\n    yield {loss}\n"
+    first = component_names()
+    install_plugin(text)
+    assert set(component_names().names) - set(first.names) == {"mine"}
+    monkeypatch.setenv("KDKIT_DISABLE_PLUGINS", "kdkit")
+    assert component_names().names == ["mine"]
+    monkeypatch.delenv("KDKIT_DISABLE_PLUGINS")
+    assert "mine" in component_names().names
+    assert len(counted) == 3
+
+
 def test_a_plugin_that_changed_is_found(counted):
     component_names()
     data = json.loads(complete_names._file().read_text())

@@ -136,3 +136,11 @@ def test_the_catalogue_serves_validation(two):
     stage = Stage.model_validate_json('{"loss": {"use": "only-a", "gamma": 3.0}}', context={LOOKUP: two})
     assert stage.loss.found.identity == "kdkit-a==0.3 v1"
     assert stage.loss.params.gamma == 3.0
+
+
+def test_a_name_is_ambiguous_within_its_kind_only(install, loss_module):
+    built_in = Catalog.discover(disable=["*"])
+    assert not any(built_in.is_ambiguous(built_in.entry(kind, "length")) for kind in ("reward", "metric"))
+    install("kdkit-acme", {"acme": loss_module("jsd")})
+    found = Catalog.discover(strict=False)
+    assert [found.is_ambiguous(entry) for entry in found.entries("loss") if entry.name == "jsd"] == [True, True]

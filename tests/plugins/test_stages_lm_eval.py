@@ -179,6 +179,21 @@ def test_the_numbers_are_those_of_the_harness(done, models, monkeypatch):
     assert found["kdkit_pick"]["sample_len"] == ours["pick"]["acc"]["n"]
 
 
+@needs_harness
+@pytest.mark.parametrize(
+    ("text", "asked", "given"), [("", 2, 2), ("num_fewshot: 0", 2, 0), ("num_fewshot: 3", None, 3)]
+)
+def test_solved_examples_are_those_of_the_recipe_unless_the_task_says_none(tmp_path, text, asked, given):
+    from types import SimpleNamespace
+
+    from kdkit.plugins.stages.lm_eval_tasks import Tasks
+
+    with_task(tmp_path, text)
+    params = SimpleNamespace(tasks={"mine": "kdkit_mine"}, allow_code=False, num_fewshot=asked)
+    (task,) = Tasks(params, tmp_path / "tasks", 1).load("kdkit_mine")["tasks"].values()
+    assert task.get_config("num_fewshot") == given
+
+
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 

@@ -173,10 +173,11 @@ class RolloutConformance:
     def test_it_follows_the_live_model(self, tmp_path: Path) -> None:
         """Weights that were trained on meanwhile are used, and nothing is remembered of the old ones."""
         model = self._model(tmp_path)
+        live: Any = model.live
         engine = self.build(model)
         engine.generate(_PROMPTS, _GREEDY, _SEEDS)
-        model.live.load_state_dict(tiny_model(seed=5).state_dict())
-        self._right(model.live, engine.generate(_PROMPTS, _GREEDY, _SEEDS), 8, "after an update of the weights")
+        live.load_state_dict(tiny_model(seed=5).state_dict())
+        self._right(live, engine.generate(_PROMPTS, _GREEDY, _SEEDS), 8, "after an update of the weights")
 
     def test_the_live_model_stays_as_it_is(self, tmp_path: Path) -> None:
         """Dropout is off while it answers; afterwards the model is in training as before, with no gradient."""
@@ -204,9 +205,9 @@ class RolloutConformance:
                 assert abs(logprob - wanted) < 1e-3, f"token {place} has log-probability {logprob}, not {wanted}"
 
 
-@torch.no_grad()
 def _logits(model: LlamaForCausalLM, ids: Sequence[int]) -> Tensor:
-    return model(input_ids=torch.tensor([list(ids)])).logits[0, -1].double()
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([list(ids)])).logits[0, -1].double()
 
 
 def _greedy(model: LlamaForCausalLM, prompt: Sequence[int], limit: int) -> list[int]:

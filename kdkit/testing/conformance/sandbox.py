@@ -23,8 +23,7 @@ from typing import ClassVar, Final
 import pytest
 
 from kdkit.api.errors import EnvironmentUnmet, KdkitError
-from kdkit.api.protocols import Sandbox
-from kdkit.api.sandboxes import SandboxJob, SandboxOutcome, SandboxReport, SandboxSession
+from kdkit.api.sandboxes import Sandbox, SandboxJob, SandboxOutcome, SandboxReport, SandboxSession
 from kdkit.testing.conformance.checks import one_line
 from kdkit.testing.programs import HONEST, LIMITS, Language, hostile_host, hostile_programs, wrong
 

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, Literal
 
 import pytest
 
@@ -123,7 +123,8 @@ class TrackerConformance:
     def test_a_resumed_stage_continues(self, tmp_path: Path) -> None:
         """What was logged before a stage was stopped stays."""
         run = self._info(tmp_path / "run")
-        for step, status in ((1, "stopped"), (2, "ok")):
+        ends: tuple[tuple[int, Literal["ok", "stopped"]], ...] = ((1, "stopped"), (2, "ok"))
+        for step, status in ends:
             tracker = self.build(run)
             tracker.log({"loss": float(step)}, step)
             tracker.finish(status)

@@ -97,6 +97,12 @@ def test_programs_that_cheat(code: str, judge: Judge) -> None:
     assert judge("middle", block(code)).value == 0.0
 
 
+def test_results_are_one_for_each_call(judge: Judge) -> None:
+    write = "import os\nos.write(1, ('\\n' + frame.f_locals['word'] + ' [null]\\n').encode())\nos._exit(0)"
+    score = judge("middle", block(f"{MAIN}{write}"))
+    assert score == RewardScore("ok", 0.0, "it wrote something else than results")
+
+
 def test_a_program_finds_no_test_and_no_solution_beside_it(judge: Judge) -> None:
     seen = f"{MAIN}told = sorted(frame.f_locals['order'])\n"
     told = ["before", "calls", "entry_point", "program", "step"]

@@ -99,6 +99,12 @@ def test_what_is_no_program_scores_nothing(text: str, reason: str) -> None:
     assert score(text) == RewardScore("ok", 0.0, reason)
 
 
+def test_the_longest_program_is_read() -> None:
+    longest = "x = 1\n" * 3333 + "x"
+    assert score(block(longest)) == RewardScore("ok", 1.0, "no findings")
+    assert score(block(longest + " ")).reason == "a program of 20,001 characters, more than 20,000"
+
+
 def test_nothing_is_run(tmp_path: Path) -> None:
     mark = tmp_path / "ran"
     assert score(block(f"open({str(mark)!r}, 'w').close()\n")).value == 1.0
