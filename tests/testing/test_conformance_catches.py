@@ -217,6 +217,12 @@ def top_k_in_place(x, t):
     return value
 
 
+def zero_times_infinity(x, t):
+    """The formula as it is written: a class that both models rule out is 0 times (-inf - -inf)."""
+    log_p, log_q = log_classes(x, t)
+    return t**2 * (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
 def infinities_meet(x, t):
     """The gap of two infinities, masked after the product."""
     if not dense_only(x):
@@ -239,6 +245,7 @@ FAULTS = (
     seven_is_padding,
     top_k_in_place,
     infinities_meet,
+    zero_times_infinity,
     mean_of_the_block,
     divided_by_the_block,
     one_number,
@@ -303,6 +310,12 @@ def test_the_suite_catches(fault):
 def test_a_loss_that_writes_in_place_is_told_so():
     with pytest.raises(AssertionError, match="the loss wrote into the student's logits in place"):
         suite_of(divided_in_place).test_nothing_is_written_in_place_in_float32()
+
+
+def test_a_value_that_is_no_number_is_told_so():
+    told = "entries of -inf in both models, which count 0: NaN in 6 of 6 places"
+    with pytest.raises(AssertionError, match=told):
+        suite_of(zero_times_infinity).test_entries_that_are_impossible_in_both_models()
 
 
 def test_no_test_of_the_suite_is_idle():
