@@ -147,7 +147,7 @@ def test_the_mistakes_that_the_tutorial_shows_are_named_as_it_says(tmp_path, mon
     (recipe,) = [block.text for block in page if block.title == "my.yaml"]
     (shown,) = [block.text for block in page if block.language == "text"]
     (tmp_path / "rows.jsonl").touch()
-    wrong = recipe.replace("use: jsonl,", "use: jsonlines,", 1).replace("max_steps:", "max_stepz:")
+    wrong = recipe.replace("use: jsonl\n", "use: jsonlines\n", 1).replace("max_steps:", "max_stepz:")
     (tmp_path / "my.yaml").write_text(wrong)
     assert [str(problem) for problem in kdkit.validate("my.yaml")] == shown.splitlines()
 

@@ -42,12 +42,12 @@ def check_plugin(dist: str, *, as_json: bool) -> int:
 def _check_name(text: str, catalog: Catalog) -> None:
     """Refuse what names no distribution, such as a directory that TAB completed, and the name of a component."""
     if not is_normalized_name(canonicalize_name(text)):
-        known = {item.dist for item in (*catalog.entries(), *catalog.broken)}
+        known = {entry.dist for entry in catalog.entries()} | {plugin.dist for plugin in catalog.broken}
         meant = [part for part in map(canonicalize_name, text.split("/")) if part in known]
         raise RecipeError(f"{text!r} is no name of a distribution", hint=_did_you_mean(meant))
-    meant = [entry.dist for entry in catalog.entries() if entry.name == text]
-    if meant and installed_version(text) is None:
-        raise RecipeError(f"{text!r} is a component, and no distribution", hint=_did_you_mean(meant))
+    providers = [entry.dist for entry in catalog.entries() if entry.name == text]
+    if providers and installed_version(text) is None:
+        raise RecipeError(f"{text!r} is a component, and no distribution", hint=_did_you_mean(providers))
 
 
 def _did_you_mean(dists: Sequence[str]) -> str:

@@ -61,7 +61,7 @@ def kdkit_trackers():
 '''
 NEEDS_KDKIT = ["kdkit>=0.1,<1"]
 FIELD = "__import__('pydantic').Field"
-ALONE = "import atexit, os, sys\nif sys.argv[0] == '-c': "
+ALONE = "import atexit, os, sys\nif sys.argv[-1].startswith('kdkit-plugins-check'): "
 """What only the process in which a check loads a plugin once more does."""
 
 

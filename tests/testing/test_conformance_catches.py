@@ -221,6 +221,12 @@ def top_k_in_place(x, t):
     return value
 
 
+def zero_times_infinity(x, t):
+    """The formula as it is written: a class that both models rule out is 0 times (-inf - -inf)."""
+    log_p, log_q = log_classes(x, t)
+    return t**2 * (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
 def infinities_meet(x, t):
     """The gap of two infinities, masked after the product."""
     if not dense_only(x):
@@ -354,7 +360,8 @@ WRONG = [
     (through_probabilities, CERTAIN, "^not finite for models that are certain"),
     (no_gradient_where_nothing_is_left, CERTAIN, "gradient not finite for models that are certain"),
     (clamped_far_away, CERTAIN, "float32 value for models that are certain"),
-    (infinities_meet, IMPOSSIBLE, "value with entries of -inf"),
+    (infinities_meet, IMPOSSIBLE, "value with entries of -inf in both models, which count 0: NaN in 6 of 6 places"),
+    (zero_times_infinity, IMPOSSIBLE, "value with entries of -inf in both models, which count 0: NaN in 6 of 6 places"),
     (impossible_entries_are_masked_too_late, IMPOSSIBLE, "entries of -inf spoil the gradient"),
     (zero_without_a_teacher, UNFIT, "no teacher: not refused"),
     (another_width_is_cut, UNFIT, "another width: not refused"),

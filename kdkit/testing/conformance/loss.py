@@ -236,7 +236,7 @@ class TokenLossConformance(EngineInvariance):
         student[:, -2:] = teacher[:, -2:] = -torch.inf
         student.requires_grad_()
         value = self._value(student, teacher, labels)
-        _close(value, wanted, 1e-9, "value with entries of -inf")
+        _close(value, wanted, 1e-9, "value with entries of -inf in both models, which count 0")
         assert torch.isfinite(_gradient(value, student)).all(), "entries of -inf spoil the gradient"
 
     def test_signals_that_do_not_fit_are_refused(self) -> None:
@@ -337,5 +337,7 @@ def _gradient(value: Tensor, student: Tensor, weights: Tensor | None = None) -> 
 def _close(got: Tensor, wanted: Tensor, rtol: float, what: str) -> None:
     got, wanted = got.detach(), wanted.detach()
     assert got.shape == wanted.shape, f"{what}: shape {tuple(got.shape)}, wanted {tuple(wanted.shape)}"
+    nan = got.isnan() & ~wanted.isnan()
+    assert not nan.any(), f"{what}: NaN in {int(nan.sum())} of {nan.numel()} places"
     error = (got - wanted).abs() - rtol * (wanted.abs() + wanted.abs().max() * 1e-3)
     assert (error <= 1e-14).all(), f"{what}: off by up to {float((got - wanted).abs().max()):.2e}"

@@ -135,7 +135,7 @@ class QuantizerConformance:
             want, got = exact(_IDS).logits, model(_IDS).logits
         gap = float((got - want).abs().max() / want.abs().max())
         if not gap <= self.tolerance:
-            raise ConformanceError(f"logits differ by {gap:.2f} of the largest, more than {self.tolerance}")
+            raise ConformanceError(f"logits differ by {gap:.2f} of the largest, more than tolerance = {self.tolerance}")
         theirs, ours = (token_fingerprint(load_tokenizer(Model(path=path))) for path in (source, out))
         if theirs != ours:
             raise ConformanceError("the tokenizer is another one")

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 import torch
 from kdkit.api import ModelError, Quantizer
@@ -11,6 +13,9 @@ from kdkit_acme import plugin, quantizer
 
 
 class TestQuantizer(QuantizerConformance):
+    # Of the largest logit: four bits are coarse in a model as small as the suite's.
+    tolerance: ClassVar[float] = 0.7
+
     def build(self) -> Quantizer:
         built: Quantizer = SPEC.build(SPEC.params(group_size=32))
         return built
