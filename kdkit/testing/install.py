@@ -100,8 +100,10 @@ class ThrowAwaySite:
 
     def _forget(self, paths: Sequence[str]) -> None:
         for module in set(sys.modules) - self._loaded:
-            file = Path(getattr(sys.modules[module], "__file__", None) or "/")
-            if any(file.is_relative_to(path) for path in paths):
+            loaded = sys.modules[module]
+            # A package without __init__.py has no file, only directories.
+            places = [getattr(loaded, "__file__", None) or "/", *getattr(loaded, "__path__", ())]
+            if any(Path(place).is_relative_to(path) for place in places for path in paths):
                 del sys.modules[module]
 
 

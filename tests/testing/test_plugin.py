@@ -89,6 +89,11 @@ def test_installing_again_replaces(install_plugin):
     assert names(install_plugin(LOSS.replace("NAME", "third"), "acme-two")) == {"acme/other", "acme-two/third"}
 
 
+def test_a_package_without_init_is_installed(install_plugin):
+    install_plugin({"acme_bare.plugin": LOSS.replace("NAME", "bare")}, entry_points={"it": "acme_bare.plugin"})
+    assert "acme_bare" in sys.modules
+
+
 def test_what_was_installed_for_a_test_is_gone_after_it(catalog):
     """The tests above left nothing."""
     assert names(catalog) == set()
