@@ -75,8 +75,10 @@ def test_targets_compare_the_defaults_of_both(bench):
     assert bench.targets([entry(bench, bench.Case("kdkit"), [1.0], 30.0)]) == {}
 
 
-def test_seconds_are_the_median_of_the_passes(bench):
-    assert entry(bench, bench.Case("kdkit"), [80.0, 100.0, 500.0], 30.0)["seconds"] == 100.0
+def test_seconds_are_the_least_and_memory_the_most_of_the_passes(bench):
+    passes = [{"seconds": s, "cpu_seconds": 2 * s, "peak_bytes": 3 * s} for s in (100.0, 80.0, 500.0)]
+    found = bench.summary({"passes": passes})
+    assert (found["seconds"], found["cpu_seconds"], found["peak_bytes"]) == (80.0, 160.0, 1500.0)
 
 
 def test_each_is_asked_for_what_its_row_says(bench, tmp_path):
