@@ -65,7 +65,7 @@ def test_targets_compare_the_defaults_of_both(bench):
             ]
         )
 
-    good, slow, worse = found([80.0, 120.0], 30.3), found([101.0], 30.0), found([50.0], 30.31)
+    good, slow, worse = found([90.0, 120.0], 30.3), found([91.0], 30.0), found([50.0], 30.31)
     assert good["seconds"] == {"ratio": 1.0, "bound": 1.0, "kept": True}
     assert good["perplexity"]["kept"]
     assert not slow["seconds"]["kept"]
