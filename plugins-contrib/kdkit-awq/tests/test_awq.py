@@ -290,6 +290,40 @@ def test_the_search_takes_the_best_of_all_steps() -> None:
     )
 
 
+class Kept:
+    """A weight that was rounded to itself plus ``off``."""
+
+    def __init__(self, weight: torch.Tensor, off: float) -> None:
+        self._weight, self._off = weight, off
+
+    def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
+        return (self._weight + self._off).to(dtype)
+
+
+@pytest.mark.parametrize("wanted", [0, 1, 4])
+def test_the_search_tries_every_step_and_takes_the_smallest_where_nothing_is_gained(wanted: int) -> None:
+    from kdkit_awq.search import search
+
+    # Powers of 2 are undone without rounding, so that errors are exactly 0.
+    weight, scales = torch.tensor([[1.0, 2.0, 3.0]]), [torch.tensor([0.5**n, 1.0, 2.0**n]) for n in range(5)]
+
+    def rounded(scaled: torch.Tensor) -> Kept:
+        """Without loss from the wanted step on."""
+        step = next(n for n, scale in enumerate(scales) if torch.equal(weight * scale, scaled))
+        return Kept(scaled, 0.0 if step >= wanted else 1.0)
+
+    scale, alpha = search(
+        [weight],
+        torch.tensor([1 / 16, 1.0, 16.0]),
+        torch.eye(3),
+        steps=4,
+        exact=lambda s: torch.exp2(s.log2().round()),
+        rounded=rounded,  # type: ignore[arg-type]
+    )
+    assert alpha == wanted / 4
+    assert torch.equal(scale, scales[wanted])
+
+
 def test_inputs_are_measured_over_all_tokens_and_kept_for_some() -> None:
     from kdkit_awq.inputs import Inputs
 
